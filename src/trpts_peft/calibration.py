@@ -1,0 +1,228 @@
+"""From data to a calibrated adapter: probe the head, measure the Fisher information, select, install."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from peft import PeftModel
+from torch import nn
+
+from .config import TRPTSConfig
+from .data import Batches, processes
+from .fisher import FisherCollector, FisherScores, LossFn
+from .head import Head, find_head, num_labels
+from .layer import TRPTSLinear
+from .measurement import LABELS, SCORES, check_labels, check_words, collect_features, measure, targeted_linears
+from .probe import LinearProbe, fit_linear_probe
+from .selection import Selection, select
+from .vit import check_token_layers, has_fixed_selection, install_keep_rates
+
+__all__ = ["calibrate"]
+
+logger = logging.getLogger(__name__)
+
+
+def calibrate(
+    model: nn.Module,
+    data: Any,
+    *,
+    adapter_name: str | None = None,
+    scores: FisherScores | None = None,
+    probe_head: bool = True,
+    overwrite: bool = False,
+    num_samples: int | None = None,
+    batch_size: int = 32,
+    loss_fn: LossFn | None = None,
+    labels: str = "dataset",
+    workspace_mb: float = 256,
+    accelerator: Accelerator | None = None,
+    progress: bool = True,
+) -> Selection:
+    """Decide, from data, which connections an adapter trains and which blocks select tokens, and set it up so.
+
+    Fits the head by a linear probe, measures the score that the config's `importance` names, applies eqs. 3 to 6 and
+    gives the adapter its columns, with an update of zero. Comes before the optimizer, DDP and `torch.compile`: the
+    adapter's parameters are replaced. The config in `model.peft_config` is replaced by a copy with the results.
+
+    Args:
+        model: a PeftModel with a TR-PTS adapter, or a model that one was injected into.
+        data: as for `estimate_fisher`. May be None where nothing needs it: `scores` given or `importance` of
+            `"magnitude"` or `"random"`, and `probe_head=False`.
+        adapter_name: the adapter; None: the active one.
+        scores: scores to use instead of measuring.
+        probe_head: fit the head first. The fitted head is written to the adapter's copy of it (`modules_to_save`) and
+            training starts from it; an adapter without one gets scores by the fitted head, and keeps its own.
+        overwrite: calibrate an adapter that is calibrated, loaded or trained already.
+        num_samples, batch_size, loss_fn, labels, workspace_mb, accelerator: as for `estimate_fisher`.
+        progress: show progress bars, and print what was selected.
+
+    Returns:
+        What was selected; `print(selection.summary())`.
+
+    Raises:
+        ValueError: as `estimate_fisher` and `select`; the adapter is calibrated already, or merged. Nothing is changed.
+    """
+    check_words(labels=(labels, LABELS))
+    base, adapter_name, config = _find_adapter(model, adapter_name)
+    linears = targeted_linears(base, config, adapter_name)
+    _check_calibratable(base, config, adapter_name, overwrite)
+    rank, world = processes(accelerator)
+    needs_scores = scores is None and config.importance in SCORES
+    batches = None
+    if needs_scores or probe_head:
+        if data is None:
+            raise ValueError(
+                "`data` must be a Dataset or DataLoader, got None: only `probe_head=False` with `scores`, or with "
+                '`importance="magnitude"` or `"random"`, needs none.'
+            )
+        batches = Batches(data, base, num_samples=num_samples, batch_size=batch_size, rank=rank, world=world)
+    head = find_head(base, adapter_name) if probe_head else _head_or_none(base, adapter_name)
+    probe = None
+    if probe_head:
+        assert batches is not None and head is not None
+        probe = _probe(base, batches, head, progress)
+    if scores is not None:
+        _check_given(scores, linears)
+    elif needs_scores:
+        assert batches is not None
+        collector = FisherCollector(linears, config.importance, workspace_mb)
+        with _predicting(head, probe):
+            scores = measure(base, batches, collector, labels=labels, loss_fn=loss_fn, progress=progress)
+    else:
+        scores = _scores_without_data(linears, config)
+    selection = select(scores, config, base)
+    if selection.token_layers and has_fixed_selection(base):
+        raise ValueError(
+            "`model` must not select tokens at fixed rates when an adapter does, got one that does: call "
+            "`apply_token_selection(model, {})` first."
+        )
+    _install(base, cast(Any, model).peft_config, adapter_name, config, selection)
+    _finish_head(head, probe)
+    if progress and rank == 0:
+        print(selection.summary())
+    return selection
+
+
+def _find_adapter(model: nn.Module, adapter_name: str | None) -> tuple[nn.Module, str, TRPTSConfig]:
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(configs, dict) or not configs:
+        raise ValueError("`model` must hold a TR-PTS adapter, got a model without: use `get_peft_model` first.")
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if adapter_name is None:
+        active = [m.active_adapters for m in base.modules() if isinstance(m, TRPTSLinear)]
+        if not active or len(active[0]) != 1:
+            raise ValueError(
+                f"`adapter_name` must be given unless one adapter is active, got None among {list(configs)}."
+            )
+        adapter_name = active[0][0]
+    config = configs.get(adapter_name)
+    if not isinstance(config, TRPTSConfig):
+        raise ValueError(
+            f"`adapter_name` must name a TR-PTS adapter of the model, got {adapter_name!r}: it has {list(configs)}."
+        )
+    return base, adapter_name, config
+
+
+def _check_calibratable(base: nn.Module, config: TRPTSConfig, adapter_name: str, overwrite: bool) -> None:
+    layers = [m for m in base.modules() if isinstance(m, TRPTSLinear) and adapter_name in m.trpts_values]
+    if any(layer.merged for layer in layers):
+        raise ValueError("`model` must hold no merged adapter, got one: call `unmerge_adapter()` first.")
+    trained = config.init_weights and any(layer.is_trained(adapter_name) for layer in layers)
+    if not overwrite and (config.connections is not None or trained):
+        raise ValueError(
+            f"`overwrite` must be True to calibrate adapter {adapter_name!r} again, got False: its columns, values and "
+            "head would be replaced."
+        )
+    if isinstance(config.token_layers, list) and config.token_layers:
+        check_token_layers(base, config.token_layers)
+
+
+def _head_or_none(base: nn.Module, adapter_name: str) -> Head | None:
+    try:
+        return find_head(base, adapter_name)
+    except ValueError:
+        return None
+
+
+def _check_given(scores: FisherScores, linears: Mapping[str, nn.Linear]) -> None:
+    if set(scores) != set(linears):
+        difference = sorted(set(scores) ^ set(linears))
+        raise ValueError(f"`scores` must be of exactly the targeted linears, got a difference in {difference[:4]}.")
+    for name, linear in linears.items():
+        if scores[name].shape != linear.weight.shape:
+            shapes = f"{tuple(linear.weight.shape)} for {name}, got {tuple(scores[name].shape)}"
+            raise ValueError(f"`scores` must have the shape of the weights, {shapes}.")
+
+
+def _scores_without_data(linears: Mapping[str, nn.Linear], config: TRPTSConfig) -> FisherScores:
+    if config.importance == "magnitude":
+        return FisherScores({n: m.weight.detach().abs().float().cpu() for n, m in linears.items()}, 0)
+    generator = torch.Generator().manual_seed(config.seed)
+    return FisherScores({n: torch.rand(m.weight.shape, generator=generator) for n, m in linears.items()}, 0)
+
+
+def _probe(base: nn.Module, batches: Batches, head: Head, progress: bool) -> LinearProbe:
+    """Fit the head on the frozen features of all processes' samples; every process gets the same one."""
+    features, labels = collect_features(base, batches, head, progress)
+    check_labels(labels, num_labels(head))
+    probe = fit_linear_probe(features, labels, num_labels(head))
+    if batches.world > 1:
+        for tensor in (probe.weight, probe.bias):
+            tensor.copy_(broadcast(tensor.to(batches.device)))
+    logger.info(
+        "Linear probe: strength %g, accuracy %.1f %% on its data, %.1f %% held out, held-out loss %.3f.",
+        probe.strength,
+        100 * probe.train_accuracy,
+        100 * probe.held_out_accuracy,
+        probe.held_out_loss,
+    )
+    return probe
+
+
+@contextmanager
+def _predicting(head: Head | None, probe: LinearProbe | None) -> Iterator[None]:
+    """Within, the model predicts with the probe; else with the adapter's own head, whichever adapter is active."""
+    with ExitStack() as stack:
+        if probe is not None:
+            assert head is not None
+            stack.enter_context(head.replaced(probe.weight, probe.bias))
+        elif head is not None and head.trainable:
+            linear = head.linear
+            bias = None if linear.bias is None else linear.bias.detach()
+            stack.enter_context(head.replaced(linear.weight.detach(), bias))
+        yield
+
+
+def _finish_head(head: Head | None, probe: LinearProbe | None) -> None:
+    if probe is None or head is None:
+        return
+    if head.trainable:
+        head.write(probe.weight, probe.bias)
+    else:
+        warnings.warn(
+            f"The head {head.name!r} is not trained: the probe was used for scoring only. Pass "
+            f"`modules_to_save=[{head.name.rpartition('.')[2]!r}]` to start training from it.",
+            stacklevel=3,
+        )
+
+
+def _install(
+    base: nn.Module, configs: dict[str, Any], adapter_name: str, config: TRPTSConfig, selection: Selection
+) -> None:
+    for name, columns in selection.columns.items():
+        layer = base.get_submodule(name)
+        assert isinstance(layer, TRPTSLinear)
+        layer.replace_columns(adapter_name, columns)
+    install_keep_rates(base, adapter_name, dict.fromkeys(selection.token_layers, config.keep_rate))
+    calibrated = copy.deepcopy(config)
+    calibrated.connections = dict(selection.connections)
+    calibrated.selected_token_layers = list(selection.token_layers)
+    configs[adapter_name] = calibrated

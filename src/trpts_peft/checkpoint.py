@@ -1,0 +1,156 @@
+"""The adapter file: its compact form, and the checks that a file has to pass before anything of it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .config import TRPTSConfig
+from .layer import TRPTSLinear
+from .vit import AdapterTokenSelection
+
+__all__ = ["check_adapter", "check_state_dict", "pack_columns", "unpack_columns"]
+
+# A base of another dtype passes (bfloat16 rounds to within 2⁻⁹), another base does not.
+_RTOL, _ATOL = 2.0**-7, 2.0**-24
+_MOST_UINT16_INPUTS = 65_536
+_REMEDY = (
+    "calibrate this model on the same data first, or load the file with "
+    "`PeftModel.from_pretrained(model, path, is_trainable=True)`"
+)
+
+
+def pack_columns(columns: Tensor, in_features: int) -> Tensor:
+    """Columns (out, C) as the file holds them: uint16, or int32 above 65,536 inputs."""
+    return columns.to(torch.uint16 if in_features <= _MOST_UINT16_INPUTS else torch.int32)
+
+
+def unpack_columns(columns: Tensor) -> Tensor:
+    """Columns as memory holds them: int64."""
+    return columns.to(torch.int64)
+
+
+def adapted_linears(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, TRPTSLinear]]:
+    """The linears that the adapter trains, with their names in `model`."""
+    for name, module in model.named_modules():
+        if isinstance(module, TRPTSLinear) and adapter_name in module.trpts_columns:
+            yield name, module
+
+
+def _refuse(name: str, rule: str, got: object, remedy: str) -> None:
+    raise ValueError(f"The adapter's `{name}` must be {rule}, got {got}: {remedy}.")
+
+
+def _check_columns(name: str, columns: Tensor, layer: TRPTSLinear) -> None:
+    broken = "the file is damaged or was made for another model"
+    if columns.dtype not in (torch.uint16, torch.int32, torch.int64):
+        _refuse(name, "whole numbers", columns.dtype, broken)
+    columns = unpack_columns(columns)
+    low, high = int(columns.min()), int(columns.max())
+    if low < 0 or high >= layer.in_features:
+        _refuse(name, f"from 0 to {layer.in_features - 1}", f"{low} to {high}", broken)
+    if not bool((columns.diff(dim=1) > 0).all()):
+        _refuse(name, "ascending and distinct in each row", "other columns", broken)
+
+
+def _check_values(name: str, values: Tensor) -> None:
+    if not values.is_floating_point() or not bool(values.isfinite().all()):
+        _refuse(name, "finite floating-point numbers", f"others ({values.dtype})", "the file is damaged")
+
+
+def _check_fingerprint(name: str, fingerprint: Tensor, layer: TRPTSLinear) -> None:
+    if layer.base_layer.weight.is_meta:
+        return
+    base, stored = layer.base_fingerprint().cpu(), fingerprint.float().cpu()
+    if not torch.allclose(base, stored, rtol=_RTOL, atol=_ATOL):
+        _refuse(
+            name,
+            "that of this base model",
+            "another one",
+            "load the base that the adapter was calibrated on, or set `config.allow_other_base = True` on its loaded "
+            "config and pass that as `config`",
+        )
+
+
+def _check_linear(name: str, layer: TRPTSLinear, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    for part, own in expected.items():
+        key = f"{name}.{part}"
+        if part not in tensors:
+            _refuse(key, "in the file", "a file without it", _REMEDY)
+        if tensors[part].shape != own.shape:
+            _refuse(key, f"of shape {tuple(own.shape)}", tuple(tensors[part].shape), _REMEDY)
+    for part in set(tensors) - set(expected):
+        _refuse(f"{name}.{part}", "absent, since this adapter has none", tuple(tensors[part].shape), _REMEDY)
+    _check_columns(f"{name}.trpts_columns", tensors["trpts_columns"], layer)
+    for part in ("trpts_values", "trpts_bias"):
+        if part in tensors:
+            _check_values(f"{name}.{part}", tensors[part])
+
+
+_PARTS = ("trpts_columns", "trpts_values", "trpts_bias", "trpts_fingerprint")
+
+
+def _own_tensors(layer: TRPTSLinear, adapter_name: str) -> dict[str, Tensor]:
+    containers = {part: getattr(layer, part) for part in _PARTS}
+    return {part: container[adapter_name] for part, container in containers.items() if adapter_name in container}
+
+
+def check_state_dict(
+    model: nn.Module, config: TRPTSConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
+) -> None:
+    """Check the tensors of an adapter file against the model that is to take them. Nothing is changed.
+
+    Args:
+        model: the model, with the adapter injected.
+        config: the adapter's config.
+        adapter_name: its name.
+        state_dict: the file's tensors under the model's keys.
+
+    Raises:
+        ValueError: something is missing, of another shape, out of range, not finite, or made for another base.
+    """
+    _check_token_layers(model, adapter_name, state_dict)
+    for name, layer in adapted_linears(model, adapter_name):
+        if layer.merged:
+            _refuse(name, "unmerged while a file is loaded", "a merged one", "call `unmerge_adapter()` first")
+        keys = {part: f"{name}.{part}.{adapter_name}" for part in _PARTS}
+        tensors = {part: state_dict[key] for part, key in keys.items() if key in state_dict}
+        _check_linear(name, layer, tensors, _own_tensors(layer, adapter_name))
+        if config.connections is not None and not config.allow_other_base:
+            _check_fingerprint(f"{name}.trpts_fingerprint", tensors["trpts_fingerprint"], layer)
+
+
+def _check_token_layers(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
+    marker = f".trpts_keep_ppm.{adapter_name}"
+    stored = {key: int(value) for key, value in state_dict.items() if marker in key or key.endswith(".trpts_keep_ppm")}
+    own = {
+        f"{name}{marker}": int(module.trpts_keep_ppm[adapter_name])
+        for name, module in model.named_modules()
+        if isinstance(module, AdapterTokenSelection) and adapter_name in module.trpts_keep_ppm
+    }
+    if {key.removeprefix("base_model.model."): value for key, value in stored.items()} != {
+        key.removeprefix("base_model.model."): value for key, value in own.items()
+    }:
+        _refuse("token layers", f"those of this adapter, {_read(own)}", _read(stored), _REMEDY)
+
+
+def _read(rates: Mapping[str, int]) -> str:
+    named = (f"{key.partition('.token_selection')[0]} at {ppm / 1e6:g}" for key, ppm in sorted(rates.items()))
+    return ", ".join(named) or "none"
+
+
+def check_adapter(model: nn.Module, config: TRPTSConfig, adapter_name: str) -> None:
+    """Check an adapter that a loader has put into the model without passing by `check_state_dict`.
+
+    Raises:
+        ValueError: as `check_state_dict`, or only a part of the adapter was loaded.
+    """
+    layers = list(adapted_linears(model, adapter_name))
+    tensors = [tensor for _, layer in layers for tensor in _own_tensors(layer, adapter_name).values()]
+    loaded = [getattr(tensor, "_is_hf_initialized", False) for tensor in tensors]  # set by transformers' loader
+    if any(loaded) and not all(loaded):
+        missing = f"{len(loaded) - sum(loaded)} of {len(loaded)} tensors missing"
+        _refuse("tensors", "all in the file", missing, "the file does not fit its `adapter_config.json`")
+    check_state_dict(model, config, adapter_name, model.state_dict())

@@ -1,0 +1,143 @@
+"""Batches of a labelled data set, shared out among processes."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from tqdm.auto import tqdm
+from transformers import default_data_collator
+
+__all__ = ["Batches", "processes"]
+
+Batch = dict[str, Tensor]
+
+
+def processes(accelerator: Accelerator | None) -> tuple[int, int]:
+    """(rank, number of processes) that share the work."""
+    if accelerator is not None:
+        return accelerator.process_index, accelerator.num_processes
+    if torch.distributed.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        state = PartialState()
+        return state.process_index, state.num_processes
+    return 0, 1
+
+
+class Batches:
+    """The batches of a data set that this process works on, in a fixed order, without augmentation of its own.
+
+    Batch k goes to process k modulo their number, so that a batch holds the same samples however many processes share
+    the work, and every sample is seen once.
+
+    Args:
+        data: a map-style Dataset or a DataLoader, yielding dicts with the model's main input and `labels`. Of a
+            DataLoader over a map-style data set, the data set, the collate function and a sampler that leaves samples
+            out are used; its order is not. Other DataLoaders are iterated as they are.
+        model: the model, for the inputs that it takes and its device.
+        num_samples: how many samples to use, evenly spaced over the data (the first ones of an iterable); None: all.
+        batch_size: samples per batch; a DataLoader over an iterable keeps its own.
+        rank, world: this process, and their number.
+
+    Raises:
+        ValueError: there is no sample, or a sample lacks the main input or `labels`.
+        TypeError: `data` is neither a Dataset nor a DataLoader.
+    """
+
+    def __init__(
+        self, data: Any, model: nn.Module, *, num_samples: int | None, batch_size: int, rank: int = 0, world: int = 1
+    ) -> None:
+        for name, value in (("batch_size", batch_size), ("num_samples", num_samples)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
+        self.main_input = getattr(model, "main_input_name", "pixel_values")
+        parameters = inspect.signature(model.forward).parameters
+        self.accepted = {self.main_input, "labels", *parameters}
+        self.device = next(model.parameters()).device
+        self.num_samples, self.batch_size, self.rank, self.world = num_samples, batch_size, rank, world
+        self.loader = self._loader(data)
+
+    def _loader(self, data: Any) -> Iterable[Any]:
+        if isinstance(data, DataLoader):
+            if isinstance(data.dataset, IterableDataset) or data.batch_sampler is None:
+                return self._shared_batches(data)
+            return self._sampled(data.dataset, _indices(data), data.collate_fn)
+        if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, (str, Mapping)):
+            return self._sampled(data, range(len(data)), default_data_collator)
+        raise TypeError(f"`data` must be a Dataset with a length or a DataLoader, got {type(data).__name__}.")
+
+    def _sampled(self, dataset: Any, indices: Any, collate: Callable[[list[Any]], Any]) -> DataLoader[Any]:
+        indices = list(indices)
+        if not indices:
+            raise ValueError("`data` must hold at least one sample, got none.")
+        wanted = len(indices) if self.num_samples is None else min(self.num_samples, len(indices))
+        chosen = [indices[i * len(indices) // wanted] for i in range(wanted)]
+        batches = [chosen[i : i + self.batch_size] for i in range(0, wanted, self.batch_size)]
+
+        def checked(samples: list[Any]) -> Any:
+            if collate is default_data_collator:
+                samples = [self._relevant(sample) for sample in samples]
+            return collate(samples)
+
+        return DataLoader(dataset, batch_sampler=batches[self.rank :: self.world], collate_fn=checked)
+
+    def _relevant(self, sample: Any) -> Any:
+        """Only what the model takes: other columns, such as the image itself, cannot be stacked."""
+        if not isinstance(sample, Mapping):
+            got = type(sample).__name__
+            raise ValueError(f"`data` must yield dicts with `{self.main_input}` and `labels`, got {got}.")
+        self._check(sample)
+        return {key: sample[key] for key in sample if key in self.accepted or key in ("label", "label_ids")}
+
+    def _shared_batches(self, loader: Iterable[Any]) -> Iterator[Any]:
+        left = self.num_samples
+        for k, batch in enumerate(loader):
+            size = len(batch["labels"]) if isinstance(batch, Mapping) and "labels" in batch else None
+            if left is not None and size is not None:
+                if left <= 0:
+                    return
+                batch = {key: value[:left] for key, value in batch.items()}
+                left -= size
+            if k % self.world == self.rank:
+                yield batch
+
+    def _check(self, batch: Mapping[str, Any]) -> None:
+        missing = self.main_input if self.main_input not in batch else None
+        if missing is None and not {"labels", "label", "label_ids"} & set(batch):
+            missing = "labels"
+        if missing:
+            raise ValueError(
+                f"`data` must yield dicts with `{self.main_input}` and `labels`, got one without `{missing}`: "
+                f"{sorted(map(str, batch))}. Apply the image processor first, as with `dataset.with_transform`."
+            )
+
+    def iterate(self, description: str, progress: bool) -> Iterator[Batch]:
+        """The batches as dicts of tensors on the model's device, with `labels` (B,) and what the model takes."""
+        bar = tqdm(self.loader, desc=description, disable=not progress or self.rank != 0, leave=False)
+        for batch in bar:
+            if not isinstance(batch, Mapping):
+                raise ValueError(f"`data` must yield dicts, got batches of {type(batch).__name__}.")
+            self._check(batch)
+            tensors = {("labels" if k in ("label", "label_ids") else k): v for k, v in batch.items()}
+            yield {
+                key: value.to(self.device)
+                for key, value in tensors.items()
+                if key in self.accepted and isinstance(value, Tensor)
+            }
+
+
+def _indices(loader: DataLoader[Any]) -> Iterable[int]:
+    """Which samples of its data set a DataLoader stands for, order apart."""
+    sampler = getattr(loader.batch_sampler, "sampler", None)
+    base = getattr(loader.batch_sampler, "batch_sampler", None)  # accelerate's shards wrap the user's batch sampler
+    sampler = getattr(base, "sampler", sampler)
+    if isinstance(sampler, SequentialSampler) or (isinstance(sampler, RandomSampler) and sampler._num_samples is None):
+        return range(len(loader.dataset))  # type: ignore[arg-type]
+    if sampler is None:
+        raise ValueError("`data` must have a plain sampler, got a DataLoader with a batch sampler: pass its data set.")
+    return sorted(set(sampler))

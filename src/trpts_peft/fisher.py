@@ -1,0 +1,153 @@
+"""Measure how much the loss of the task depends on each weight (eqs. 1 and 2)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from os import PathLike
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .functional import squared_gradient_sum
+
+__all__ = ["FisherCollector", "FisherScores", "LossFn", "per_sample_cross_entropy"]
+
+LossFn = Callable[[Any, Tensor], Tensor]
+
+
+class FisherScores(Mapping[str, Tensor]):
+    """Scores of the weights of a model's targeted linears.
+
+    A mapping from the name of a linear in the base model to its scores, float32 (out_features, in_features).
+
+    Attributes:
+        num_samples: how many samples the scores are a mean over; 0 for scores that need no data.
+    """
+
+    def __init__(self, scores: Mapping[str, Tensor], num_samples: int) -> None:
+        self._scores = dict(scores)
+        self.num_samples = num_samples
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._scores[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._scores)
+
+    def __len__(self) -> int:
+        return len(self._scores)
+
+    def __repr__(self) -> str:
+        return f"FisherScores({len(self)} linears, num_samples={self.num_samples})"
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the scores to a safetensors file."""
+        # safetensors sorts the tensors by name; the order decides between equal scores.
+        metadata = {"num_samples": str(self.num_samples), "order": json.dumps(list(self))}
+        save_file({name: score.contiguous() for name, score in self.items()}, path, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> FisherScores:
+        """Read what `save` has written.
+
+        Raises:
+            ValueError: the file holds something else.
+        """
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if not {"num_samples", "order"} <= set(metadata):
+                raise ValueError(f"`path` must be a file written by `FisherScores.save`, got {path!s}.")
+            order = json.loads(metadata["order"])
+            return cls({name: file.get_tensor(name) for name in order}, int(metadata["num_samples"]))
+
+
+def per_sample_cross_entropy(outputs: Any, labels: Tensor) -> Tensor:
+    """Cross-entropy of each sample, (B,), from a model's output with `logits` (B, num_labels)."""
+    return F.cross_entropy(outputs.logits.float(), labels, reduction="none")
+
+
+class FisherCollector:
+    """Adds up the scores of some linears while a model runs forward and backward.
+
+    Args:
+        linears: {name: nn.Linear} to score.
+        score: `"fisher"` for Σ_b (∂L_b/∂W)², `"gradient"` for Σ_b ∂L_b/∂W.
+        workspace_mb: bound in MiB on per-sample gradients held at a time.
+
+    The sums are float64: the sum over samples then does not depend on how they were shared out among processes.
+    """
+
+    def __init__(self, linears: Mapping[str, nn.Linear], score: str, workspace_mb: float) -> None:
+        self.linears = dict(linears)
+        self.score = score
+        self.workspace_mb = workspace_mb
+        self.num_samples = 0
+        self.sums = {
+            name: torch.zeros(linear.weight.shape, dtype=torch.float64, device=linear.weight.device)
+            for name, linear in self.linears.items()
+        }
+        self._seen: set[str] = set()
+
+    def add(self, loss: Tensor) -> None:
+        """Run backward from the per-sample losses (B,) of the last forward pass."""
+        self.num_samples += loss.shape[0]
+        loss.sum().backward()
+        self._seen.clear()
+
+    @contextmanager
+    def collecting(self, model: nn.Module) -> Iterator[None]:
+        """Within, forward passes of `model` are watched; its parameters get no gradients. All is restored after."""
+        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        training = {module: module.training for module in model.modules()}
+        handles = [linear.register_forward_hook(self._hook(name)) for name, linear in self.linears.items()]
+        try:
+            for parameter, _ in flags:
+                parameter.requires_grad_(False)
+            model.eval()
+            with torch.enable_grad():
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            for module, mode in training.items():
+                module.training = mode
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def watch(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                return output
+            if name in self._seen:
+                raise ValueError(f"`model` must call each targeted linear once per pass, got two calls of {name}.")
+            self._seen.add(name)
+            if not output.requires_grad:  # nothing before is scored: the graph begins here
+                output = output.detach().requires_grad_()
+            inputs = args[0].detach()
+            output.register_hook(lambda grad: self._accumulate(name, inputs, grad))
+            return output
+
+        return watch
+
+    def _accumulate(self, name: str, inputs: Tensor, grad: Tensor) -> None:
+        x, g = _by_sample(inputs).float(), _by_sample(grad.detach()).float()
+        if self.score == "fisher":
+            self.sums[name] += squared_gradient_sum(x, g, workspace_mb=self.workspace_mb)
+        else:
+            self.sums[name] += g.flatten(0, 1).t() @ x.flatten(0, 1)
+
+    def result(self, sums: Mapping[str, Tensor], num_samples: int) -> FisherScores:
+        """The mean over samples (its absolute value for `"gradient"`), float32 on the CPU."""
+        means = {name: (total / num_samples).abs() for name, total in sums.items()}
+        return FisherScores({name: mean.float().cpu() for name, mean in means.items()}, num_samples)
+
+
+def _by_sample(tensor: Tensor) -> Tensor:
+    """(B, ..., features) as (B, T, features)."""
+    return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])

@@ -1,0 +1,196 @@
+"""The equations of TR-PTS: tensors and plain numbers in, tensors and plain numbers out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "allocate_connections",
+    "cls_attention",
+    "kept_tokens",
+    "select_and_merge",
+    "squared_gradient_sum",
+    "top_connections",
+    "top_counts",
+    "unit_importance",
+]
+
+# Non-negative floats are ordered like the integers that share their bits.
+_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+
+
+def squared_gradient_sum(inputs: Tensor, grad_outputs: Tensor, *, workspace_mb: float = 256) -> Tensor:
+    """Eq. 2 for one linear layer: the sum over samples of the squared per-sample weight gradient, Σ_b (G_bᵀ X_b)².
+
+    Args:
+        inputs: the layer's inputs X, (B, T, in_features).
+        grad_outputs: gradients of the summed per-sample losses by the layer's outputs G, (B, T, out_features).
+        workspace_mb: bound in MiB on the per-sample gradients held at a time; one sample's is always held.
+
+    Returns:
+        (out_features, in_features), in the dtype of `inputs`.
+    """
+    if inputs.dim() != 3 or grad_outputs.dim() != 3 or inputs.shape[:2] != grad_outputs.shape[:2]:
+        raise ValueError(
+            "`inputs` and `grad_outputs` must be (B, T, in) and (B, T, out) with equal B and T, "
+            f"got {tuple(inputs.shape)} and {tuple(grad_outputs.shape)}."
+        )
+    total = inputs.new_zeros(grad_outputs.shape[-1], inputs.shape[-1])
+    sample_mb = total.numel() * total.element_size() / 2**20
+    chunk = max(1, int(workspace_mb / max(sample_mb, 1e-9)))
+    for x, g in zip(inputs.split(chunk), grad_outputs.to(inputs.dtype).split(chunk), strict=True):
+        total += torch.bmm(g.transpose(1, 2), x).square_().sum(0)
+    return total
+
+
+def _top_threshold(values: list[Tensor], count: int) -> int:
+    """The bits of the `count`-th largest of all values; a bisection, so that nothing is sorted or concatenated."""
+    low, high = 0, max(int(v.max()) for v in values)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if sum(int((v >= middle).sum()) for v in values) >= count:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def top_counts(scores: Mapping[str, Tensor], units: Mapping[str, str], top_percent: float) -> dict[str, int]:
+    """The set I_top-M of eq. 3, counted per unit.
+
+    Args:
+        scores: {linear: (out, in)}, non-negative, all of one dtype (float32 or float64).
+        units: {linear: unit}.
+        top_percent: M, in (0, 100]; the set holds M % of all entries, rounded to nearest and at least one.
+
+    Returns:
+        {unit: entries in the set}, in the order of `scores`; of equal scores the earlier entry is in the set.
+    """
+    values = {name: s.contiguous().view(_BITS[s.dtype]) for name, s in scores.items()}
+    size = sum(v.numel() for v in values.values())
+    size_of_top = max(1, math.floor(Fraction(top_percent) * size / 100 + Fraction(1, 2)))
+    threshold = _top_threshold(list(values.values()), size_of_top)
+    above = {name: int((v > threshold).sum()) for name, v in values.items()}
+    ties_left = size_of_top - sum(above.values())
+    counts = dict.fromkeys((units[name] for name in scores), 0)
+    for name, v in values.items():
+        ties = min(ties_left, int((v == threshold).sum()))
+        counts[units[name]] += above[name] + ties
+        ties_left -= ties
+    return counts
+
+
+def unit_importance(scores: Mapping[str, Tensor], units: Mapping[str, str], top_percent: float) -> dict[str, float]:
+    """Eq. 3: w_u = |I_top-M ∩ u| / |I_top-M|, which adds up to 1. Arguments as for `top_counts`."""
+    counts = top_counts(scores, units, top_percent)
+    total = sum(counts.values())
+    return {unit: count / total for unit, count in counts.items()}
+
+
+def allocate_connections(
+    counts: Mapping[str, int], *, min_connections: float | Fraction = 1, max_connections: int | None = None
+) -> dict[str, int]:
+    """Eq. 4: C_u = max(1, w_u / min(w) · C_min), rounded half up, at most `max_connections`.
+
+    Args:
+        counts: {unit: its entries in the top-M set}; a count of zero is taken as one, else eq. 4 divides by zero.
+        min_connections: C_min > 0, connections per neuron of the least important unit; need not be whole.
+        max_connections: cap on C_u; None for none.
+
+    Returns:
+        {unit: C_u}; exact, in rational arithmetic.
+    """
+    floored = {unit: max(1, count) for unit, count in counts.items()}
+    least = min(floored.values())
+    connections = {}
+    for unit, count in floored.items():
+        wanted = math.floor(Fraction(count, least) * Fraction(min_connections) + Fraction(1, 2))
+        capped = wanted if max_connections is None else min(wanted, max_connections)
+        connections[unit] = max(1, capped)
+    return connections
+
+
+def top_connections(score: Tensor, count: int) -> Tensor:
+    """Eqs. 5 and 6: the `count` inputs of highest score of each output neuron; ties go to the lower column.
+
+    Args:
+        score: (out_features, in_features).
+        count: C, from 1 to in_features.
+
+    Returns:
+        int64 (out_features, C), ascending in each row.
+    """
+    if not 1 <= count <= score.shape[1]:
+        raise ValueError(f"`count` must be from 1 to the {score.shape[1]} inputs of the layer, got {count}.")
+    threshold = score.topk(count, dim=1).values[:, -1:]
+    above, tied = score > threshold, score == threshold
+    # topk does not say which of equal scores it takes; the first ones of the row are taken here.
+    ties_left = count - above.sum(dim=1, keepdim=True)
+    chosen = above | (tied & (tied.cumsum(dim=1) <= ties_left))
+    return chosen.nonzero()[:, 1].view(-1, count)
+
+
+def cls_attention(query: Tensor, key: Tensor, scaling: float, num_prefix_tokens: int = 1) -> Tensor:
+    """Eqs. 7 and 8: the CLS token's row of the attention softmax, averaged over heads, prefix tokens dropped.
+
+    Args:
+        query, key: (B, H, S, d), as the layer's attention uses them.
+        scaling: the factor on the dot products, 1/√d in a ViT.
+        num_prefix_tokens: leading tokens that are no image patch (CLS, distillation).
+
+    Returns:
+        float32 (B, S - num_prefix_tokens).
+    """
+    scores = torch.matmul(query[:, :, :1], key.transpose(2, 3)).squeeze(2) * scaling
+    return scores.softmax(dim=-1, dtype=torch.float32).mean(dim=1)[:, num_prefix_tokens:]
+
+
+def kept_tokens(num_tokens: int, keep_rate: float) -> int:
+    """Eq. 9: ⌊ρN⌋ of N image tokens, at least one; N where nothing happens (ρ = 1, or one token would be merged).
+
+    The 1e-9 lets a product such as 0.7 · 10 count as the 7 it is meant to be.
+    """
+    kept = max(1, math.floor(keep_rate * num_tokens + 1e-9))
+    return num_tokens if num_tokens - kept <= 1 else kept
+
+
+def select_and_merge(
+    hidden: Tensor, importance: Tensor, keep_rate: float, num_prefix_tokens: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Eqs. 9 to 11: keep the most important tokens in their order; the others become one token, placed last.
+
+    Args:
+        hidden: (B, S, D), prefix tokens first.
+        importance: (B, N), N = S - num_prefix_tokens, non-negative.
+        keep_rate: ρ in (0, 1].
+        num_prefix_tokens: leading tokens that always stay and count for nothing.
+
+    Returns:
+        The refined tokens (B, num_prefix_tokens + K + 1, D) in the dtype of `hidden`, and the kept indices among the
+        N tokens, int64 (B, K) ascending. Where nothing happens: `hidden` itself and all N indices.
+    """
+    batch, num_tokens = importance.shape
+    count = kept_tokens(num_tokens, keep_rate)
+    if count == num_tokens:
+        return hidden, torch.arange(num_tokens, device=hidden.device).expand(batch, -1)
+    order = torch.sort(importance, dim=1, descending=True, stable=True).indices
+    kept = order[:, :count].sort(dim=1).values
+    prefix, tokens = hidden[:, :num_prefix_tokens], hidden[:, num_prefix_tokens:]
+    selected = tokens.gather(1, kept.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+    weights = _merge_weights(importance, kept).to(hidden.dtype)
+    merged = torch.bmm(weights.unsqueeze(1), tokens)
+    return torch.cat([prefix, selected, merged], dim=1), kept
+
+
+def _merge_weights(importance: Tensor, kept: Tensor) -> Tensor:
+    """Eq. 10's weights a_i / Σ a_i of the tokens that are not kept, zero elsewhere; equal ones if all a_i are zero."""
+    weights = importance.scatter(1, kept, 0.0)
+    total = weights.sum(dim=1, keepdim=True)
+    equal = torch.ones_like(importance).scatter(1, kept, 0.0) / (importance.shape[1] - kept.shape[1])
+    # Dividing by one instead of by zero keeps the gradient of the branch not taken finite.
+    return torch.where(total > 0, weights / torch.where(total > 0, total, 1.0), equal)

@@ -1,0 +1,99 @@
+"""The classification head: find it, read its inputs, replace its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+__all__ = ["Head", "find_head"]
+
+_NAMES = ("classifier", "score", "head", "fc")
+
+
+@dataclass(frozen=True)
+class Head:
+    """The linear head of a classifier.
+
+    Attributes:
+        name: its name in the model.
+        module: the module that the model calls, a wrapper of PEFT's or the linear itself.
+        linear: the linear that an adapter trains, where it has one (`modules_to_save`); else the base model's own.
+        trainable: whether `linear` is the adapter's copy.
+    """
+
+    name: str
+    module: nn.Module
+    linear: nn.Linear
+    trainable: bool
+
+    @contextmanager
+    def capture(self, inputs: list[Tensor]) -> Iterator[None]:
+        """Within, every forward pass appends the head's input (B, features) to `inputs`."""
+
+        def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs.append(args[0].detach())
+
+        handle = self.module.register_forward_pre_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def replaced(self, weight: Tensor, bias: Tensor | None) -> Iterator[None]:
+        """Within, the model predicts with this head; the parameters of its own stay as they are."""
+
+        def predict(_module: nn.Module, args: tuple[Tensor, ...], _output: Tensor) -> Tensor:
+            x = args[0]
+            return F.linear(x, weight.to(x), None if bias is None else bias.to(x))
+
+        handle = self.module.register_forward_hook(predict)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @torch.no_grad()
+    def write(self, weight: Tensor, bias: Tensor) -> None:
+        """Write a fitted head into `linear`."""
+        self.linear.weight.copy_(weight)
+        if self.linear.bias is not None:
+            self.linear.bias.copy_(bias)
+
+
+def find_head(model: nn.Module, adapter_name: str) -> Head:
+    """The head of a classification model, as far as its name tells.
+
+    Raises:
+        ValueError: there is none, or it is itself a target of the adapter.
+    """
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] not in _NAMES:
+            continue
+        if isinstance(module, ModulesToSaveWrapper) and isinstance(module.original_module, nn.Linear):
+            own = adapter_name in module.modules_to_save
+            linear = module.modules_to_save[adapter_name] if own else module.original_module
+            return Head(name, module, cast(nn.Linear, linear), own)
+        if isinstance(module, nn.Linear):
+            return Head(name, module, module, False)
+        if isinstance(getattr(module, "base_layer", None), nn.Linear):
+            raise ValueError(
+                f"`probe_head` must be False where the head is a target of the adapter, got True with {name} targeted: "
+                f"move it to `modules_to_save`, or put it in `exclude_modules`."
+            )
+    raise ValueError(
+        f"`probe_head` must be False for a model without a linear head named {', '.join(_NAMES)}, got True for "
+        f"{type(model).__name__}."
+    )
+
+
+def num_labels(head: Head) -> int:
+    """Rows of the head."""
+    return cast(int, cast(Any, head.linear).out_features)

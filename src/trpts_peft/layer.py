@@ -1,0 +1,282 @@
+"""The adapted linear layer."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from . import functional
+from .sparse_linear import added_linear, composed_linear, index_columns
+from .tuner_layer import TRPTSLayer
+
+__all__ = ["TRPTSLinear"]
+
+_FINGERPRINT_SIZE = 64
+
+
+def _check_loaded_columns(layer: nn.Module, _incompatible_keys: object) -> None:
+    """Bring what follows from the columns up to date after any `load_state_dict`."""
+    assert isinstance(layer, TRPTSLinear)
+    for adapter_name in layer.trpts_columns:
+        layer.refresh(adapter_name)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or hasattr(module, "_hf_hook")  # accelerate's offloading, which fetches the weight in the layer's own forward
+    )
+
+
+class TRPTSLinear(nn.Module, TRPTSLayer):
+    """A frozen linear layer with the sparse updates of its adapters, y = x (W + Δ)ᵀ + b + Δb (eqs. 12 to 14).
+
+    Per adapter: `trpts_columns` int64 (out_features, C), `trpts_values` (out_features, C), `trpts_bias`
+    (out_features,) where the base has a bias and the config trains it, and `trpts_fingerprint`, up to 64 entries of
+    the base weight. `trpts_used` and `trpts_slots` follow from the columns; `trpts_originals` and
+    `trpts_original_bias` hold what `merge` has overwritten.
+
+    While hooks sit on the base layer, the base layer itself is called and the update is added to its output; without
+    hooks the two weights are added first, which is faster.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("trpts_values", "trpts_bias")
+    other_param_names: tuple[str, ...] = (
+        "trpts_columns",
+        "trpts_fingerprint",
+        "trpts_used",
+        "trpts_slots",
+        "trpts_originals",
+        "trpts_original_bias",
+    )
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.trpts_values = nn.ParameterDict()
+        self.trpts_bias = nn.ParameterDict()
+        self.trpts_columns = BufferDict(persistent=True)
+        self.trpts_fingerprint = BufferDict(persistent=True)
+        self.trpts_used = BufferDict(persistent=False)
+        self.trpts_slots = BufferDict(persistent=False)
+        self.trpts_originals = BufferDict(persistent=False)
+        self.trpts_original_bias = BufferDict(persistent=False)
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+        self.merged_adapters: list[str] = []
+        self.fresh: set[str] = set()  # adapters injected, but neither calibrated nor loaded since
+        self.register_load_state_dict_post_hook(_check_loaded_columns)  # type: ignore[no-untyped-call]
+
+    # ---- state of one adapter ----
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        columns: Tensor,
+        *,
+        train_bias: bool,
+        init_weights: bool = True,
+        inference_mode: bool = False,
+    ) -> None:
+        """Give the adapter these columns (out_features, C), with an update of zero (or, for tests, a random one)."""
+        values = torch.zeros(columns.shape) if init_weights else torch.randn(columns.shape)
+        self.trpts_columns[adapter_name] = columns
+        self.trpts_values[adapter_name] = nn.Parameter(values)
+        if train_bias and self.base_layer.bias is not None:
+            bias = torch.zeros(self.out_features) if init_weights else torch.randn(self.out_features)
+            self.trpts_bias[adapter_name] = nn.Parameter(bias)
+        self.trpts_fingerprint[adapter_name] = self.base_fingerprint()
+        self.refresh(adapter_name)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def replace_columns(self, adapter_name: str, columns: Tensor, values: Tensor | None = None) -> None:
+        """Exchange an adapter's columns; its values (zero unless given) and bias (zero) start anew as float32 masters.
+
+        The new parameters train if the old ones did.
+        """
+        device = self.base_layer.weight.device
+        old = self.trpts_values[adapter_name]
+        new = torch.zeros(columns.shape) if values is None else values.float()
+        self.trpts_columns[adapter_name] = columns.to(device)
+        self.trpts_values[adapter_name] = nn.Parameter(new.to(device), requires_grad=old.requires_grad)
+        if adapter_name in self.trpts_bias:
+            bias = torch.zeros(self.out_features, device=device)
+            self.trpts_bias[adapter_name] = nn.Parameter(bias, requires_grad=old.requires_grad)
+        self.trpts_fingerprint[adapter_name] = self.base_fingerprint()
+        self.refresh(adapter_name)
+        self.fresh.discard(adapter_name)
+
+    def refresh(self, adapter_name: str) -> None:
+        """Derive `trpts_used` and `trpts_slots` from the columns."""
+        columns = self.trpts_columns[adapter_name]
+        used, slots = (columns, columns) if columns.is_meta else index_columns(columns)
+        self.trpts_used[adapter_name], self.trpts_slots[adapter_name] = used, slots
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget all that belongs to the adapter."""
+        super().delete_adapter(adapter_name)
+        self.fresh.discard(adapter_name)
+
+    def is_trained(self, adapter_name: str) -> bool:
+        """Whether the adapter changes the layer, as far as a zero start tells."""
+        parts = [part[adapter_name] for part in (self.trpts_values, self.trpts_bias) if adapter_name in part]
+        return any(bool(part.detach().any()) for part in parts if not part.is_meta)
+
+    def magnitude_columns(self, count: int) -> Tensor:
+        """The `count` inputs of largest |W| of each neuron: the choice before there is any data."""
+        weight = self.base_layer.weight
+        if weight.is_meta:
+            return torch.empty(self.out_features, count, dtype=torch.int64, device="meta")
+        return functional.top_connections(weight.detach().float().abs(), count)
+
+    def unmerged_weight(self) -> Tensor:
+        """The base weight (out_features, in_features) as it is without any merged adapter."""
+        weight = self.base_layer.weight.detach()
+        for name in reversed(self.merged_adapters):
+            if name in self.trpts_originals:
+                weight = weight.scatter(1, self.trpts_columns[name], self.trpts_originals[name])
+        return weight
+
+    def base_fingerprint(self) -> Tensor:
+        """Up to 64 evenly spaced entries of the unmerged base weight, float32: enough to tell one base from another."""
+        entries = self.unmerged_weight().reshape(-1)
+        size = min(_FINGERPRINT_SIZE, entries.numel())
+        return entries[torch.arange(size, device=entries.device) * entries.numel() // size].float()
+
+    # ---- forward ----
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        adapter_names = kwargs.pop("adapter_names", None)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self._base_forward(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, adapter_names)
+        names = [name for name in self.active_adapters if name in self.trpts_values]
+        if self.merged or not names:
+            return self._base_forward(x, *args, **kwargs)
+        return self._adapted_forward(x, names)
+
+    def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        return y
+
+    def _adapted_forward(self, x: Tensor, names: list[str]) -> Tensor:
+        weight, bias = self.base_layer.weight, self._bias_update(names)
+        columns, values, used, slots = self._update(names)
+        if type(self.base_layer) is not nn.Linear or weight.requires_grad or _has_hooks(self.base_layer):
+            y = added_linear(self._base_forward(x), x, values, used, slots)
+            return y if bias is None else y + bias.to(y.dtype)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.base_layer.bias is not None:
+            bias = self.base_layer.bias if bias is None else self.base_layer.bias + bias
+        bias = None if bias is None else bias.to(x.dtype)
+        return composed_linear(x, weight, bias, columns, values, used, slots)
+
+    def _mixed_batch_forward(self, x: Tensor, adapter_names: list[str]) -> Tensor:
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        if len(adapter_names) != len(x):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        y = self._base_forward(x)
+        for name in dict.fromkeys(adapter_names):
+            if name in self.trpts_values:
+                rows = [i for i, other in enumerate(adapter_names) if other == name]
+                y[rows] = self._adapted_forward(x[rows], [name]).to(y.dtype)
+        return y
+
+    def _update(self, names: list[str]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Columns, values, used columns and slots of all the named adapters side by side: their updates add up."""
+        if len(names) == 1:
+            (name,) = names
+            parts = (self.trpts_columns, self.trpts_values, self.trpts_used, self.trpts_slots)
+            columns, values, used, slots = (part[name] for part in parts)
+            return columns, values, used, slots
+        offset, shifted = 0, []
+        for name in names:
+            shifted.append(self.trpts_slots[name] + offset)
+            offset += self.trpts_used[name].shape[0]
+        columns = torch.cat([self.trpts_columns[name] for name in names], dim=1)
+        values = torch.cat([self.trpts_values[name] for name in names], dim=1)
+        used = torch.cat([self.trpts_used[name] for name in names])
+        return columns, values, used, torch.cat(shifted, dim=1)
+
+    def _bias_update(self, names: list[str]) -> Tensor | None:
+        updates = [self.trpts_bias[name] for name in names if name in self.trpts_bias]
+        return None if not updates else updates[0] if len(updates) == 1 else torch.stack(updates).sum(dim=0)
+
+    # ---- merging ----
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the updates into the base weight and bias; the entries overwritten are kept for `unmerge`.
+
+        Args:
+            safe_merge: check the new entries before any is written.
+            adapter_names: the adapters to merge; None: the active ones.
+
+        Raises:
+            ValueError: `safe_merge` found an entry that is not finite.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.trpts_values:
+                continue
+            weight, columns = self.base_layer.weight.data, self.trpts_columns[name]
+            original = weight.gather(1, columns)
+            merged = original + self.trpts_values[name].data.to(weight.dtype)
+            bias = self._merged_bias(name)
+            if safe_merge and not (merged.isfinite().all() and (bias is None or bias.isfinite().all())):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            self.trpts_originals[name] = original
+            weight.scatter_(1, columns, merged)
+            if bias is not None:
+                self.trpts_original_bias[name] = self.base_layer.bias.data.clone()
+                self.base_layer.bias.data.copy_(bias)
+            self.merged_adapters.append(name)
+
+    def _merged_bias(self, name: str) -> Tensor | None:
+        if name not in self.trpts_bias:
+            return None
+        bias = self.base_layer.bias.data
+        merged: Tensor = bias + self.trpts_bias[name].data.to(bias.dtype)
+        return merged
+
+    def unmerge(self) -> None:
+        """Put back the entries that `merge` has overwritten, last merged first: exact to the bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            self.base_layer.weight.data.scatter_(1, self.trpts_columns[name], self.trpts_originals.pop(name))
+            if name in self.trpts_original_bias:
+                self.base_layer.bias.data.copy_(self.trpts_original_bias.pop(name))
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Δ of one adapter as a dense (out_features, in_features) tensor, for conversion to other methods."""
+        values: Tensor = self.trpts_values[adapter]
+        return values.new_zeros(self.out_features, self.in_features).scatter(1, self.trpts_columns[adapter], values)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """A low-rank update has no place for a bias, so only adapters that train none convert."""
+        return adapter_name not in self.trpts_bias
+
+    def extra_repr(self) -> str:
+        counts = {name: columns.shape[1] for name, columns in self.trpts_columns.items()}
+        return f"connections={counts}"

@@ -1,0 +1,228 @@
+"""Run a model over labelled data: the Fisher information of its linears, the features in front of its head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, reduce
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from torch import Tensor, nn
+
+from .config import TRPTSConfig
+from .data import Batches, processes
+from .families import find_family
+from .fisher import FisherCollector, FisherScores, LossFn, per_sample_cross_entropy
+from .head import Head
+from .layer import TRPTSLinear
+from .vit import token_selections
+
+__all__ = ["base_weights", "collect_features", "estimate_fisher", "measure", "targeted_linears"]
+
+SCORES = ("fisher", "gradient")
+LABELS = ("dataset", "model")
+
+
+@contextmanager
+def base_weights(model: nn.Module) -> Iterator[None]:
+    """Within, the model runs with its base weights and all of its tokens; what adapters train is left alone."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        if layer.merged:
+            raise ValueError("`model` must hold no merged adapter, got one: call `unmerge_adapter()` first.")
+    disabled = [(layer, layer._disable_adapters) for layer in layers]
+    enabled = [(selection, selection.enabled) for selection in token_selections(model).values()]
+    try:
+        for layer, _ in disabled:
+            layer._disable_adapters = True
+        for selection, _ in enabled:
+            selection.enabled = False
+        yield
+    finally:
+        for layer, flag in disabled:
+            layer._disable_adapters = flag
+        for selection, flag in enabled:
+            selection.enabled = flag
+
+
+def _base_linear(module: nn.Module) -> nn.Linear | None:
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return base if isinstance(base, nn.Linear) else None
+
+
+def targeted_linears(base: nn.Module, config: Any, adapter_name: str | None) -> dict[str, nn.Linear]:
+    """{name in the base model: base linear} of those that an adapter trains, or that a config names."""
+    linears = {}
+    for name, module in base.named_modules():
+        if ".base_layer" in f".{name}" or ".modules_to_save." in name or ".original_module" in name:
+            continue
+        linear = _base_linear(module)
+        if linear is None:
+            continue
+        mine = isinstance(module, TRPTSLinear) and str(adapter_name) in module.trpts_values
+        if mine if adapter_name is not None else bool(check_target_module_exists(config, name)):
+            linears[name] = linear
+    if not linears:
+        raise ValueError(
+            f"`target_modules` must match at least one nn.Linear of the model, got {config.target_modules!r}."
+        )
+    return linears
+
+
+def check_words(**choices: tuple[str, tuple[str, ...]]) -> None:
+    for name, (value, legal) in choices.items():
+        if value not in legal:
+            raise ValueError(f"`{name}` must be one of {', '.join(map(repr, legal))}, got {value!r}.")
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= classes):
+        raise ValueError(
+            f"`labels` must be from 0 to {classes - 1}, the labels of the head, got {int(labels.min())} to "
+            f"{int(labels.max())}: load the model with `num_labels` of the data set."
+        )
+
+
+def _sampled_labels(logits: Tensor, index: int) -> Tensor:
+    """Labels drawn from the prediction; seeded by the batch, not by the process that happens to see it."""
+    generator = torch.Generator().manual_seed(index)
+    probabilities = logits.detach().float().softmax(dim=-1).cpu()
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(logits.device)
+
+
+def measure(
+    base: nn.Module,
+    batches: Batches,
+    collector: FisherCollector,
+    *,
+    labels: str,
+    loss_fn: LossFn | None,
+    progress: bool,
+) -> FisherScores:
+    """Run over this process's batches, then add up what all processes have collected."""
+    with base_weights(base), collector.collecting(base):
+        for k, batch in enumerate(batches.iterate("Fisher", progress)):
+            targets = batch.pop("labels").long()
+            outputs = base(**batch)
+            if labels == "model":
+                targets = _sampled_labels(outputs.logits, k * batches.world + batches.rank)
+            if loss_fn is None:
+                check_labels(targets, outputs.logits.shape[-1])
+            loss = (loss_fn or per_sample_cross_entropy)(outputs, targets)
+            if loss.shape != targets.shape[:1]:
+                raise ValueError(f"`loss_fn` must return one loss per sample, got shape {tuple(loss.shape)}.")
+            collector.add(loss)
+    sums, count = collector.sums, torch.tensor(collector.num_samples, device=batches.device)
+    if batches.world > 1:
+        sums = {name: reduce(total, "sum") for name, total in sums.items()}
+        count = reduce(count, "sum")
+    if int(count) == 0:
+        raise ValueError("`data` must hold at least one sample, got none.")
+    scores = collector.result(sums, int(count))
+    _check_measured(scores)
+    return scores
+
+
+def _check_measured(scores: FisherScores) -> None:
+    for name, score in scores.items():
+        if not bool(score.isfinite().all()):
+            raise ValueError(f"`model` must have finite gradients, got others in {name}: check weights and inputs.")
+    if not any(bool(score.any()) for score in scores.values()):
+        raise ValueError(
+            "`model` must have a gradient, got zero everywhere: its head is all zeros (fit it first, as `calibrate` "
+            "does with `probe_head=True`), or it predicts every sample perfectly."
+        )
+
+
+def estimate_fisher(
+    model: nn.Module,
+    data: Any,
+    *,
+    score: str = "fisher",
+    target_modules: list[str] | str | None = None,
+    num_samples: int | None = None,
+    batch_size: int = 32,
+    loss_fn: LossFn | None = None,
+    labels: str = "dataset",
+    workspace_mb: float = 256,
+    accelerator: Accelerator | None = None,
+    progress: bool = True,
+) -> FisherScores:
+    """Eq. 2: F[o, i] = mean over samples of (∂L/∂W[o, i])², per sample, at the base weights, with the model's head.
+
+    Runs in eval mode, with all tokens and without adapters; the model is left as it was. With several processes (under
+    `accelerate launch`) the batches are shared out and every process returns the same scores.
+
+    Args:
+        model: a classifier, plain or a PeftModel.
+        data: a Dataset or DataLoader yielding dicts with the model's main input (`pixel_values`) and `labels`; it must
+            not augment.
+        score: `"fisher"`, or `"gradient"` for the absolute value of the mean gradient (GPS).
+        target_modules: names of linears, as in `TRPTSConfig`; None: those of the adapter, else the family's default.
+        num_samples: how many samples to use, evenly spaced over the data; None: all.
+        batch_size: samples per forward pass.
+        loss_fn: `loss_fn(outputs, labels)`, one loss per sample, (B,); None: cross-entropy of `outputs.logits`.
+        labels: `"dataset"`, or `"model"` to draw them from the prediction (the true Fisher information).
+        workspace_mb: bound in MiB on the per-sample gradients held at a time (at least one sample's of one linear).
+        accelerator: whose processes share the work; None: those of the present launch.
+        progress: show a progress bar.
+
+    Returns:
+        {linear in the base model: float32 (out_features, in_features)} on the CPU.
+
+    Raises:
+        ValueError: no samples, an input or `labels` missing, labels outside the head, scores all zero or not finite, no
+            targeted linear.
+        TypeError: `data` is neither a Dataset nor a DataLoader.
+    """
+    check_words(score=(score, SCORES), labels=(labels, LABELS))
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    rank, world = processes(accelerator)
+    linears = _linears_to_score(base, target_modules)
+    batches = Batches(data, base, num_samples=num_samples, batch_size=batch_size, rank=rank, world=world)
+    collector = FisherCollector(linears, score, workspace_mb)
+    return measure(base, batches, collector, labels=labels, loss_fn=loss_fn, progress=progress)
+
+
+def _linears_to_score(base: nn.Module, target_modules: list[str] | str | None) -> dict[str, nn.Linear]:
+    if target_modules is None:
+        adapted = [m for m in base.modules() if isinstance(m, TRPTSLinear)]
+        if adapted:
+            return targeted_linears(base, None, adapted[0].active_adapters[0])
+        family = find_family(base)
+        if family is None:
+            raise ValueError("`target_modules` must be given for a model outside the table of families, got None.")
+        target_modules = list(family.target_modules)
+    return targeted_linears(base, TRPTSConfig(target_modules=target_modules), None)
+
+
+def collect_features(base: nn.Module, batches: Batches, head: Head, progress: bool) -> tuple[Tensor, Tensor]:
+    """float64 (n, features) and int64 (n,), in the order of the data whatever the number of processes."""
+    inputs: list[Tensor] = []
+    mine: list[tuple[int, Tensor, Tensor]] = []
+    training = {module: module.training for module in base.modules()}
+    try:
+        base.eval()
+        with torch.no_grad(), base_weights(base), head.capture(inputs):
+            for k, batch in enumerate(batches.iterate("Features", progress)):
+                labels = batch.pop("labels").long()
+                base(**batch)
+                features = inputs.pop()
+                if features.dim() != 2 or labels.dim() != 1 or len(features) != len(labels):
+                    shapes = f"{tuple(features.shape)} with labels {tuple(labels.shape)}"
+                    raise ValueError(
+                        f"`probe_head` must be False where the head does not see (B, features), got {shapes}."
+                    )
+                mine.append((k * batches.world + batches.rank, features.double().cpu(), labels.cpu()))
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    parts = gather_object(mine) if batches.world > 1 else mine
+    if not parts:
+        raise ValueError("`data` must hold at least one sample, got none.")
+    parts = sorted(parts, key=lambda part: part[0])
+    return torch.cat([part[1] for part in parts]), torch.cat([part[2] for part in parts])

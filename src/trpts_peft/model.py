@@ -1,0 +1,366 @@
+"""What PEFT asks of a method: the tuner."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from .checkpoint import adapted_linears, check_adapter, check_state_dict, pack_columns, unpack_columns
+from .config import TRPTSConfig
+from .families import FAMILIES
+from .layer import TRPTSLinear
+from .tuner_layer import PREFIX, TRPTSLayer
+from .vit import (
+    AdapterTokenSelection,
+    apply_token_selection,
+    check_token_layers,
+    drop_idle_selections,
+    has_fixed_selection,
+    install_keep_rates,
+    keep_rates_in_force,
+    remove_token_selection,
+    token_selections,
+)
+from .weighted import add_weighted_adapter
+
+__all__ = ["TRPTSModel"]
+
+logger = logging.getLogger(__name__)
+
+_TARGETS = {family.model_type: list(family.target_modules) for family in FAMILIES}
+
+
+class TRPTSModel(BaseTuner):
+    """The tuner of TR-PTS, made by `get_peft_model(model, TRPTSConfig(...))`; `calibrate` decides what it trains."""
+
+    prefix: str = PREFIX
+    tuner_layer_cls = TRPTSLayer
+    target_module_mapping = _TARGETS
+
+    # ---- injection ----
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # Names, not tensors: a refused file has to leave the base model as it was.
+        self.trainable_before = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        if isinstance(peft_config, TRPTSConfig):
+            # Injected without a PeftModel, perhaps by transformers' `load_adapter`, which calls none of our hooks.
+            model.register_forward_pre_hook(_LoadCheck(adapter_name, self.trainable_before))
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """Refuse a config that does not fit the model before anything is changed."""
+        layers = peft_config.fixed_token_layers
+        if layers:
+            argument = "token_layers" if peft_config.selected_token_layers is None else "selected_token_layers"
+            check_token_layers(model, layers, argument)
+            if has_fixed_selection(model):
+                raise ValueError(
+                    "`model` must not select tokens at fixed rates when an adapter does, got one that does: call "
+                    "`apply_token_selection(model, {})` first."
+                )
+        adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+        for name, module in model.named_modules():
+            if name.startswith(adapted) or not self._check_target_module_exists(peft_config, name):
+                continue
+            _check_target(peft_config, name, module.get_base_layer() if isinstance(module, TRPTSLinear) else module)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Adapt the targeted linears, and let the known token layers select tokens."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = cast(TRPTSConfig, self.peft_config[adapter_name])
+        install_keep_rates(model, adapter_name, dict.fromkeys(config.fixed_token_layers, config.keep_rate))
+        if config.connections is None:
+            logger.warning(
+                "TR-PTS adapter '%s' is not calibrated: each neuron trains its %d input(s) of largest weight until "
+                "`trpts_peft.calibrate(model, train_dataset)` chooses them for the task.",
+                adapter_name,
+                config.initial_connections,
+            )
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer = target
+        if not isinstance(target, TRPTSLinear):
+            _check_target(peft_config, current_key, target)
+            layer = TRPTSLinear(cast(nn.Linear, target))
+            layer._active_adapter = adapter_name
+        assert isinstance(layer, TRPTSLinear)
+        layer.update_layer(
+            adapter_name,
+            layer.magnitude_columns(_count(peft_config, current_key, layer.in_features)),
+            train_bias=peft_config.train_bias,
+            init_weights=peft_config.init_weights,
+            inference_mode=peft_config.inference_mode,
+        )
+        layer.fresh.add(adapter_name)
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    # ---- forward ----
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_args: Any, **kwargs: Any) -> Iterator[None]:
+        """Pass `adapter_names`, one per sample, to every layer that has to know them."""
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        self._check_mixed_batch(adapter_names)
+
+        def pass_names(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return args, {**kwargs, "adapter_names": adapter_names}
+
+        takers = [m for m in self.modules() if isinstance(m, (TRPTSLinear, AuxiliaryTrainingWrapper))]
+        handles = [m.register_forward_pre_hook(pass_names, with_kwargs=True) for m in takers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_mixed_batch(self, adapter_names: list[str]) -> None:
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        unknown = set(adapter_names) - set(self.peft_config) - {"__base__"}
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        for selection in _selections(self.model):
+            if selection.enabled:
+                selection.rate_of(adapter_names)  # samples of one batch must keep equally many tokens
+                if selection.rate_of(adapter_names[:1]) != selection.keep_rate:
+                    raise ValueError(
+                        "`adapter_names` must name adapters that select tokens like the active one, got "
+                        f"{sorted(set(adapter_names))}: call `set_token_selection(model, False)` first."
+                    )
+
+    # ---- several adapters ----
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate one adapter, or several that select tokens alike; their updates add up."""
+        self._check_alike([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Write the updates of the active (or the named) adapters into the base weights; `unmerge_adapter` is exact."""
+        self._check_alike(adapter_names or self.active_adapters)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _check_alike(self, adapter_names: list[str]) -> None:
+        for selection in _selections(self.model):
+            selection.rate_of([name for name in adapter_names if name in selection.keep_rates])
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; blocks in which no other one selects tokens become stock blocks again."""
+        super().delete_adapter(adapter_name)
+        drop_idle_selections(self.model)
+
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+        """Add the weighted sum of adapters as a new one; see `trpts_peft.weighted.add_weighted_adapter`."""
+        add_weighted_adapter(self, adapters, weights, adapter_name)
+
+    # ---- leaving PEFT ----
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        keep_token_selection: bool = True,
+    ) -> nn.Module:
+        """Merge, and return the base model, which goes on selecting tokens: its outputs are those of the adapter.
+
+        Args:
+            progressbar: show one.
+            safe_merge: check for values that are not finite first.
+            adapter_names: the adapters to merge; None: the active ones.
+            keep_token_selection: False returns a plain model, whose outputs differ where tokens were selected. True
+                leaves the rates in `config.trpts_keep_rates`, for `apply_token_selection` after `from_pretrained`.
+        """
+        names = adapter_names or self.active_adapters
+        self._check_alike(names)
+        enabled = any(selection.enabled for selection in _selections(self.model))
+        rates = {
+            index: rate
+            for index, selection in token_selections(self.model).items()
+            if isinstance(selection, AdapterTokenSelection) and (rate := selection.rate_of(names) or 1.0) < 1
+        }
+        fixed = keep_rates_in_force(self.model) if has_fixed_selection(self.model) else {}
+        model: nn.Module = super().merge_and_unload(
+            progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+        remove_token_selection(model)
+        if rates and enabled and keep_token_selection:
+            apply_token_selection(model, rates)
+        elif rates and not keep_token_selection:
+            logger.warning("Token selection is dropped: the outputs of the merged model differ from the adapter's.")
+        elif fixed and not keep_token_selection:
+            apply_token_selection(model, {})
+        return model
+
+    def unload(self) -> nn.Module:
+        """Return the base model as it was before any adapter."""
+        model: nn.Module = super().unload()
+        remove_token_selection(model)
+        return model
+
+    # ---- files ----
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        for name, layer in adapted_linears(model, adapter_name):
+            key = f"{name}.trpts_columns.{adapter_name}"
+            if key in tensors:
+                tensors[key] = pack_columns(tensors[key], layer.in_features)
+                key = f"{name}.trpts_fingerprint.{adapter_name}"
+                tensors[key] = tensors[key].float()
+        return tensors
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        try:
+            check_state_dict(model, config, adapter_name, tensors)
+        except ValueError:
+            if _is_fresh(model, adapter_name):
+                _withdraw(model, adapter_name)
+            raise
+        for name, layer in adapted_linears(model, adapter_name):
+            key = f"{name}.trpts_columns.{adapter_name}"
+            tensors[key] = unpack_columns(tensors[key])
+            layer.fresh.discard(adapter_name)
+        return tensors
+
+
+def _selections(model: nn.Module) -> list[AdapterTokenSelection]:
+    return [s for s in token_selections(model).values() if isinstance(s, AdapterTokenSelection)]
+
+
+def _count(config: TRPTSConfig, name: str, in_features: int) -> int:
+    if config.connections is not None:
+        return config.connections[name]
+    return min(config.initial_connections, in_features)
+
+
+def _check_target(config: TRPTSConfig, name: str, module: nn.Module) -> None:
+    """Refuse a target that is no linear, and a number of connections that it cannot have."""
+    if not isinstance(module, nn.Linear):
+        raise TypeError(
+            f"`target_modules` must name nn.Linear modules, got {name} of type {type(module).__name__}, "
+            "which is not supported: leave it out, or list it in `exclude_modules`."
+        )
+    if config.connections is None:
+        return
+    count = config.connections.get(name)
+    if count is None or count > module.in_features:
+        raise ValueError(
+            f"`connections` must hold a number from 1 to {module.in_features} for {name}, got {count}: the config was "
+            "made for another model; use `calibrate` on this one."
+        )
+
+
+# ---- refused files ----
+
+
+class _LoadCheck:
+    """Forward pre-hook of a model that an adapter was injected into directly: checks it once, before the first pass."""
+
+    def __init__(self, adapter_name: str, trainable: frozenset[str]) -> None:
+        self.adapter_name = adapter_name
+        self.trainable = trainable
+
+    def __call__(self, model: nn.Module, _args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        config = getattr(model, "peft_config", {}).get(self.adapter_name)
+        try:
+            if isinstance(config, TRPTSConfig):
+                check_adapter(model, config, self.adapter_name)
+        except ValueError:
+            _withdraw(model, self.adapter_name)
+            raise
+        finally:
+            for key, hook in list(model._forward_pre_hooks.items()):
+                if hook is self:
+                    del model._forward_pre_hooks[key]
+        for _, layer in adapted_linears(model, self.adapter_name):
+            layer.refresh(self.adapter_name)
+            layer.fresh.discard(self.adapter_name)
+
+
+def _is_fresh(model: nn.Module, adapter_name: str) -> bool:
+    """Whether the adapter was only just injected, to receive a file, and holds nothing that was trained."""
+    starts_at_zero = cast(Any, model).peft_config[adapter_name].init_weights
+    layers = [layer for _, layer in adapted_linears(model, adapter_name)]
+    return all(adapter_name in layer.fresh for layer in layers) and not (
+        starts_at_zero and any(layer.is_trained(adapter_name) for layer in layers)
+    )
+
+
+def _trainable_before(model: nn.Module) -> frozenset[str]:
+    if isinstance(model, PeftModel):
+        return cast(TRPTSModel, model.base_model).trainable_before
+    checks = [hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _LoadCheck)]
+    return checks[0].trainable if checks else frozenset()
+
+
+def _withdraw(model: nn.Module, adapter_name: str) -> None:
+    """Take out an adapter whose file was refused; with the last one, all that PEFT has put into the base model."""
+    trainable = _trainable_before(model)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the warning that another adapter is active now says nothing here
+        delete_adapter(base, adapter_name, PREFIX, TRPTSLayer)
+    configs = cast(dict[str, Any], cast(Any, base).peft_config)
+    configs.pop(adapter_name, None)
+    drop_idle_selections(base)
+    if not configs:
+        _strip(base, trainable)
+
+
+def _strip(base: nn.Module, trainable: frozenset[str]) -> None:
+    """Undo an injection: original modules in their places, trainable what was trainable."""
+    for name, module in list(base.named_modules()):
+        original: Any = None
+        if isinstance(module, TRPTSLinear):
+            original = module.base_layer
+        elif isinstance(module, ModulesToSaveWrapper):
+            original = module.original_module
+        if original is not None:
+            parent, _, child = name.rpartition(".")
+            setattr(base.get_submodule(parent), child, original)
+    del cast(Any, base).peft_config
+    if hasattr(base, "_hf_peft_config_loaded"):
+        cast(Any, base)._hf_peft_config_loaded = False
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad_(name in trainable)

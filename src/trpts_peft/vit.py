@@ -1,0 +1,409 @@
+"""Token selection inside the blocks of a Hugging Face ViT (eqs. 7 to 11).
+
+A block that selects, and every block behind it, is given a subclass of its own class under the same class name, so
+that output capturing, checkpointing, sharding policies and `isinstance` see what they saw before; a block that selects
+also gets a child module `token_selection`, which knows the rate. Removing the selection restores the classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .families import FAMILIES, Family, find_blocks, find_family
+from .functional import cls_attention, select_and_merge
+from .tuner_layer import TRPTSLayer
+
+__all__ = [
+    "AdapterTokenSelection",
+    "TokenSelection",
+    "apply_token_selection",
+    "check_token_layers",
+    "install_keep_rates",
+    "keep_rates_in_force",
+    "remove_token_selection",
+    "set_token_selection",
+    "token_selections",
+]
+
+_CHILD = "token_selection"
+_CONFIG_KEY = "trpts_keep_rates"
+
+
+class TokenSelection(nn.Module):
+    """The token selection of one block at a fixed rate; forward hooks on it see all that it does."""
+
+    def __init__(self, num_prefix_tokens: int, keep_rate: float | None = None) -> None:
+        super().__init__()
+        self.num_prefix_tokens = num_prefix_tokens
+        self.fixed_keep_rate = keep_rate
+        self.enabled = True
+
+    @property
+    def keep_rate(self) -> float | None:
+        """The rate in force, in (0, 1); None where all tokens stay."""
+        return self._below_one(self.fixed_keep_rate) if self.enabled else None
+
+    @staticmethod
+    def _below_one(rate: float | None) -> float | None:
+        return rate if rate is not None and rate < 1 else None
+
+    def forward(self, hidden_states: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+        """`functional.select_and_merge` at the rate in force."""
+        rate = self.keep_rate
+        return select_and_merge(hidden_states, importance, 1.0 if rate is None else rate, self.num_prefix_tokens)
+
+
+class AdapterTokenSelection(TokenSelection, TRPTSLayer):
+    """The token selection of one block at the rate of whichever adapter is in force."""
+
+    adapter_layer_names: tuple[str, ...] = ()
+    other_param_names: tuple[str, ...] = ("keep_rates", "trpts_keep_ppm")
+
+    def __init__(self, num_prefix_tokens: int) -> None:
+        super().__init__(num_prefix_tokens)
+        self.keep_rates: dict[str, float | None] = {}  # of every adapter; None for one that selects nothing here
+        # The rate in millionths, for the file: an adapter can be told from one with other token layers.
+        self.trpts_keep_ppm = BufferDict(persistent=True)
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+        self.merged_adapters: list[str] = []
+
+    @property
+    def keep_rate(self) -> float | None:
+        """The rate of the adapters in force, None where all tokens stay.
+
+        Raises:
+            ValueError: two adapters in force differ in their rate.
+        """
+        if self.disable_adapters or not self.enabled:
+            return None
+        return self._below_one(self.rate_of(self.merged_adapters or self.active_adapters))
+
+    def rate_of(self, adapter_names: list[str]) -> float | None:
+        """The rate that the named adapters share in this block."""
+        rates = [self.keep_rates.get(name) for name in adapter_names]
+        if any(rate != rates[0] for rate in rates):
+            raise ValueError(
+                "Adapters used together must select tokens alike, got in one block the rates "
+                f"{dict(zip(adapter_names, rates, strict=True))}: use them one at a time, or call "
+                "`set_token_selection(model, False)`."
+            )
+        return rates[0] if rates else None
+
+    def set_rate(self, adapter_name: str, rate: float | None) -> None:
+        """Set the rate of an adapter here; None if it selects nothing in this block."""
+        self.keep_rates[adapter_name] = rate
+        if rate is not None:
+            self.trpts_keep_ppm[adapter_name] = torch.tensor(round(rate * 1_000_000))
+        elif adapter_name in self.trpts_keep_ppm:
+            del self.trpts_keep_ppm[adapter_name]
+
+    def follow(self, layer: TRPTSLayer) -> None:
+        """Take over from another layer which adapter is active, disabled, merged."""
+        self._active_adapter = list(layer.active_adapters)
+        self._disable_adapters = layer.disable_adapters
+        self.merged_adapters = list(layer.merged_adapters)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Follow `disable_adapter` and its end."""
+        super().enable_adapters(enabled)
+        if not enabled:
+            self.merged_adapters = []  # a disabled linear unmerges at its next forward
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Nothing to write: only remember whose rate is in force."""
+        self.merged_adapters.extend(check_adapters_to_merge(cast(Any, self), adapter_names))
+
+    def unmerge(self) -> None:
+        """Follow the active adapters again."""
+        self.merged_adapters = []
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """LoRA cannot drop tokens."""
+        return self.keep_rates.get(adapter_name) is None
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """The only tensor here is a record of a Python number: it needs to be nowhere in particular."""
+
+    def extra_repr(self) -> str:
+        return f"keep_rates={self.keep_rates}"
+
+
+class _SelectingLayer(nn.Module):
+    """A block that may select tokens, or that stands behind one that does. Mixed into the family's own class."""
+
+    attention: nn.Module
+    layernorm_before: nn.Module
+    layernorm_after: nn.Module
+    mlp: nn.Module
+    dropout: nn.Module
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        mask = _fit_mask(attention_mask, hidden_states.shape[1])
+        selection = getattr(self, _CHILD, None)
+        if selection is None or selection.keep_rate is None:
+            stock: Tensor = super().forward(hidden_states, mask, **kwargs)
+            return stock
+        _refuse_padding(mask)
+        sink: list[Tensor] = []
+        attended, _ = self.attention(self.layernorm_before(hidden_states), mask, importance_sink=sink, **kwargs)
+        hidden_states, _ = selection(self.dropout(attended) + hidden_states, sink[0])
+        refined: Tensor = hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
+        return refined
+
+
+class _SelectingAttention(nn.Module):
+    """Attention that hands out the CLS row of its softmax beside its output. Mixed into the family's own class."""
+
+    family: Family
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        importance_sink: list[Tensor] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if importance_sink is None:
+            stock: tuple[Tensor, Tensor | None] = super().forward(hidden_states, attention_mask, **kwargs)
+            return stock
+        module = cast(Any, self)
+        query, key, value = (
+            project(hidden_states).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+            for project in (module.q_proj, module.k_proj, module.v_proj)
+        )
+        # The fused attention does not give its weights away; one row of them is cheap to compute again.
+        importance_sink.append(cls_attention(query, key, module.scaling, self.family.num_prefix_tokens))
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, self.family.eager_attention)
+        dropout = module.attention_dropout if self.training else 0.0
+        attended, weights = attend(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=module.scaling, **kwargs
+        )
+        return module.o_proj(attended.flatten(2)), weights
+
+
+def _fit_mask(mask: Tensor | None, num_tokens: int) -> Tensor | None:
+    """Cut a mask that was made for all tokens to those that are left: it is all true, else it was refused."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise ValueError(
+            f"Token selection needs a tensor as attention mask, got {type(mask).__name__}: load the model with "
+            '`attn_implementation="sdpa"`, or call `set_token_selection(model, False)`.'
+        )
+    return mask[..., :num_tokens, :num_tokens] if mask.dim() == 4 else mask[..., :num_tokens]
+
+
+def _refuse_padding(mask: Tensor | None) -> None:
+    if mask is None or torch.compiler.is_compiling():  # there, transformers makes an all-true mask of its own
+        return
+    everything = mask.all() if mask.dtype == torch.bool else (mask == (0 if mask.dim() == 4 else 1)).all()
+    if not everything:
+        raise ValueError(
+            "`attention_mask` must not mask tokens where token selection is on, got a mask with padding: drop it, or "
+            "call `set_token_selection(model, False)`."
+        )
+
+
+def _subclass(mixin: type[nn.Module], stock: type[nn.Module], family: Family) -> type[nn.Module]:
+    """A subclass with the stock class's name, to be found by pickle as an attribute of this module."""
+    selecting = type(stock.__name__, (mixin, stock), {"__module__": __name__, "family": family})
+    globals()[stock.__name__] = selecting
+    return selecting
+
+
+_SELECTING = {
+    family.model_type: (
+        _subclass(_SelectingLayer, family.layer_class, family),
+        _subclass(_SelectingAttention, family.attention_class, family),
+    )
+    for family in FAMILIES
+}
+
+
+def token_selections(model: nn.Module) -> dict[int, TokenSelection]:
+    """{block index: its token selection}, for the blocks that have one."""
+    found = {index: getattr(block, _CHILD, None) for index, (_, block) in enumerate(find_blocks(model))}
+    return {index: selection for index, selection in found.items() if selection is not None}
+
+
+def keep_rates_in_force(model: nn.Module) -> dict[int, float]:
+    """{block index: rate} of the blocks that select tokens as the model stands."""
+    rates = {index: selection.keep_rate for index, selection in token_selections(model).items()}
+    return {index: rate for index, rate in rates.items() if rate is not None}
+
+
+def check_token_layers(model: nn.Module, indices: list[int], argument: str = "token_layers") -> None:
+    """Refuse block indices that `model` cannot select tokens in.
+
+    Raises:
+        ValueError: the model is outside the table of families, needs every patch, or has no such block.
+    """
+    family = find_family(model)
+    if family is None:
+        names = ", ".join(f.model_type for f in FAMILIES)
+        raise ValueError(
+            f"`{argument}` must be an integer for a model that is no supported ViT ({names}), got {indices}: leave it "
+            "at its default, parameter selection works all the same."
+        )
+    for module in model.modules():
+        if isinstance(module, family.refused):
+            raise ValueError(
+                f"`{argument}` must be 0 for {type(module).__name__}, which predicts every patch, got {indices}."
+            )
+    blocks = len(find_blocks(model))
+    if any(index >= blocks for index in indices):
+        raise ValueError(f"`{argument}` must be block indices below {blocks}, got {indices}.")
+
+
+def _refresh_classes(model: nn.Module) -> None:
+    """Give each block and its attention the class that the present token selections call for."""
+    family = find_family(model)
+    if family is None:
+        return
+    layer_class, attention_class = _SELECTING[family.model_type]
+    behind = False
+    for _, block in find_blocks(model):
+        selects = getattr(block, _CHILD, None) is not None
+        behind = behind or selects
+        block.__class__ = layer_class if behind else family.layer_class
+        attention = cast(nn.Module, block.attention)
+        attention.__class__ = attention_class if selects else family.attention_class
+
+
+def _adapter_selections(model: nn.Module) -> Iterator[tuple[nn.Module, AdapterTokenSelection]]:
+    for _, block in find_blocks(model):
+        selection = getattr(block, _CHILD, None)
+        if isinstance(selection, AdapterTokenSelection):
+            yield block, selection
+
+
+def _new_selection(model: nn.Module, num_prefix_tokens: int) -> AdapterTokenSelection:
+    """A token selection that knows the adapters of the model, all with no rate, and which of them is in force."""
+    selection = AdapterTokenSelection(num_prefix_tokens)
+    for module in model.modules():
+        if isinstance(module, TRPTSLayer) and not isinstance(module, AdapterTokenSelection):
+            selection.follow(module)
+            for name in module._all_available_adapter_names():
+                selection.keep_rates.setdefault(name, None)
+    return selection
+
+
+def install_keep_rates(model: nn.Module, adapter_name: str, rates: Mapping[int, float]) -> None:
+    """Let an adapter select tokens in exactly these blocks; other adapters keep theirs.
+
+    Args:
+        model: a model that holds the adapter.
+        adapter_name: the adapter.
+        rates: {block index: keep rate}; checked before, by `check_token_layers`.
+    """
+    family = find_family(model)
+    if family is None:
+        return
+    for index, (_, block) in enumerate(find_blocks(model)):
+        if index in rates and getattr(block, _CHILD, None) is None:
+            setattr(block, _CHILD, _new_selection(model, family.num_prefix_tokens))
+        selection = getattr(block, _CHILD, None)
+        if isinstance(selection, AdapterTokenSelection):
+            selection.set_rate(adapter_name, rates.get(index))
+    drop_idle_selections(model)
+
+
+def drop_idle_selections(model: nn.Module) -> None:
+    """Restore the stock blocks where no adapter selects tokens any more."""
+    for block, selection in list(_adapter_selections(model)):
+        if all(rate is None for rate in selection.keep_rates.values()):
+            delattr(block, _CHILD)
+    _refresh_classes(model)
+
+
+def remove_token_selection(model: nn.Module) -> None:
+    """Restore the stock blocks of all adapters."""
+    for block, _ in list(_adapter_selections(model)):
+        delattr(block, _CHILD)
+    _refresh_classes(model)
+
+
+def has_fixed_selection(model: nn.Module) -> bool:
+    """Whether the model selects tokens at fixed rates, without an adapter."""
+    return any(not isinstance(s, AdapterTokenSelection) for s in token_selections(model).values())
+
+
+def set_token_selection(model: nn.Module, enabled: bool) -> None:
+    """Switch between reduced (True) and dense (False) forward passes with the same weights.
+
+    Args:
+        model: a model whose adapter, or whose config, selects tokens.
+        enabled: whether tokens are selected.
+
+    Raises:
+        ValueError: `enabled` is True, but no block of the model selects tokens.
+    """
+    selections = token_selections(model)
+    if enabled and not selections:
+        raise ValueError(
+            "`model` must select tokens in some block, got one that does not: use `calibrate`, a list as "
+            "`token_layers`, or `apply_token_selection`."
+        )
+    for selection in selections.values():
+        selection.enabled = enabled
+
+
+def apply_token_selection(model: nn.Module, keep_rates: Mapping[int, float] | None = None) -> None:
+    """Select tokens in a plain ViT at fixed rates, without an adapter.
+
+    Args:
+        model: a supported ViT that holds no TR-PTS adapter, such as one returned by `merge_and_unload()`.
+        keep_rates: {block index: keep rate in (0, 1]}; empty to select nowhere. None: the rates that a merged model
+            carries as `config.trpts_keep_rates`. Rates given are written there, to travel with `save_pretrained`.
+
+    Raises:
+        ValueError: no rates are given and the config has none, a rate or an index is out of range, the model is not
+            supported, or it holds an adapter. Nothing is changed.
+    """
+    config = cast(Any, getattr(model, "config", None))
+    if any(isinstance(module, TRPTSLayer) for module in model.modules()):
+        raise ValueError("`model` must hold no TR-PTS adapter, got one that does: call `merge_and_unload()` first.")
+    if keep_rates is None:
+        keep_rates = getattr(config, _CONFIG_KEY, None)
+    if keep_rates is None:
+        raise ValueError(
+            f"`keep_rates` must be given for a model whose config has no `{_CONFIG_KEY}`: pass {{block index: rate}}."
+        )
+    rates = _checked_rates(model, keep_rates)
+    family = find_family(model)
+    assert family is not None
+    for index, (_, block) in enumerate(find_blocks(model)):
+        if getattr(block, _CHILD, None) is not None:
+            delattr(block, _CHILD)
+        if index in rates:
+            setattr(block, _CHILD, TokenSelection(family.num_prefix_tokens, rates[index]))
+    _refresh_classes(model)
+    _write_rates(config, rates)
+
+
+def _checked_rates(model: nn.Module, keep_rates: Mapping[Any, Any]) -> dict[int, float]:
+    rates = {}
+    for index, rate in keep_rates.items():
+        is_number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
+        if not str(index).isdigit() or not is_number or not 0 < rate <= 1:
+            raise ValueError(f"`keep_rates` must be {{block index: rate in (0, 1]}}, got {{{index!r}: {rate!r}}}.")
+        rates[int(index)] = float(rate)  # JSON turns the indices into strings
+    check_token_layers(model, sorted(rates), argument="keep_rates")
+    return rates
+
+
+def _write_rates(config: Any, rates: Mapping[int, float]) -> None:
+    if config is None:
+        return
+    if rates:
+        setattr(config, _CONFIG_KEY, {str(index): rate for index, rate in sorted(rates.items())})
+    elif hasattr(config, _CONFIG_KEY):
+        delattr(config, _CONFIG_KEY)

@@ -1,0 +1,131 @@
+"""Weighted sums of adapters."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor
+
+from .config import TRPTSConfig
+from .layer import TRPTSLinear
+from .vit import AdapterTokenSelection, install_keep_rates, token_selections
+
+__all__ = ["add_weighted_adapter", "sum_updates"]
+
+
+def sum_updates(
+    updates: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float], in_features: int
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of sparse updates as one sparse update.
+
+    Args:
+        updates: pairs of columns int64 (out, C_i) and values (out, C_i).
+        weights: one factor each.
+        in_features: the number of columns there are.
+
+    Returns:
+        columns int64 (out, C) and values (out, C): per row the union of columns; C is the longest union, and shorter
+        rows are filled up with their lowest unused columns at value 0.
+    """
+    rows, device = updates[0][0].shape[0], updates[0][0].device
+    total = torch.zeros(rows, in_features, device=device)
+    touched = torch.zeros(rows, in_features, dtype=torch.bool, device=device)
+    for (columns, values), weight in zip(updates, weights, strict=True):
+        total.scatter_add_(1, columns, weight * values.detach().float())
+        touched.scatter_(1, columns, True)
+    count = int(touched.sum(dim=1).max())
+    # Touched columns sort before the others, which keep their order: the lowest of them fill the row up.
+    order = torch.sort((~touched).to(torch.uint8), dim=1, stable=True).indices
+    columns = order[:, :count].sort(dim=1).values
+    return columns, total.gather(1, columns)
+
+
+def _check(tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+    if not adapters or len(adapters) != len(weights):
+        raise ValueError(f"`weights` must be one number per adapter, got {len(weights)} for {len(adapters)} adapters.")
+    unknown = [name for name in adapters if name not in tuner.peft_config]
+    if unknown:
+        known = list(tuner.peft_config)
+        raise ValueError(f"`adapters` must name adapters of the model, got {unknown}: it has {known}.")
+    if adapter_name in tuner.peft_config:
+        raise ValueError(f"`adapter_name` must be new, got {adapter_name!r}: delete that adapter first.")
+    for selection in token_selections(tuner.model).values():
+        if isinstance(selection, AdapterTokenSelection):
+            selection.rate_of(list(adapters))
+
+
+def add_weighted_adapter(
+    tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
+) -> None:
+    """Add Σ w_i Δ_i as a new, inactive adapter; biases and `modules_to_save` are combined alike, around the base.
+
+    Args:
+        tuner: the model's `TRPTSModel`.
+        adapters: names of adapters that select tokens alike.
+        weights: one factor per adapter.
+        adapter_name: name of the new adapter.
+
+    Raises:
+        ValueError: an adapter does not exist, the new one does, the numbers of adapters and weights differ, or the
+            adapters select tokens differently. Nothing is changed.
+    """
+    _check(tuner, adapters, weights, adapter_name)
+    configs = [cast(TRPTSConfig, tuner.peft_config[name]) for name in adapters]
+    config = copy.deepcopy(configs[0])
+    names = [name for name, m in tuner.model.named_modules() if isinstance(m, TRPTSLinear)]
+    linears = {name: tuner.model.get_submodule(name) for name in names}
+    used = {name: m for name, m in linears.items() if any(a in m.trpts_values for a in adapters)}
+    sums = {name: _sum_of(layer, adapters, weights) for name, layer in used.items()}
+    config.target_modules, config.exclude_modules = sorted(used), None
+    config.layers_to_transform = config.layers_pattern = None
+    config.train_bias = any(other.train_bias for other in configs)
+    config.connections = {name: columns.shape[1] for name, (columns, _) in sums.items()}
+    tuner.peft_config[adapter_name] = config
+    try:
+        tuner.inject_adapter(tuner.model, adapter_name)
+    except Exception:
+        del tuner.peft_config[adapter_name]
+        raise
+    for name, layer in used.items():
+        layer.replace_columns(adapter_name, *sums[name])
+        _sum_biases(layer, adapters, weights, adapter_name)
+    for module in tuner.model.modules():
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            _sum_modules(module, adapters, weights, adapter_name)
+    rates = {
+        index: rate
+        for index, selection in token_selections(tuner.model).items()
+        if isinstance(selection, AdapterTokenSelection) and (rate := selection.rate_of(list(adapters))) is not None
+    }
+    config.selected_token_layers = sorted(rates)
+    install_keep_rates(tuner.model, adapter_name, rates)
+
+
+def _sum_of(layer: Any, adapters: Sequence[str], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+    present = [(name, weight) for name, weight in zip(adapters, weights, strict=True) if name in layer.trpts_values]
+    updates = [(layer.trpts_columns[name], layer.trpts_values[name]) for name, _ in present]
+    return sum_updates(updates, [weight for _, weight in present], layer.in_features)
+
+
+@torch.no_grad()
+def _sum_biases(layer: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+    for name, weight in zip(adapters, weights, strict=True):
+        if name in layer.trpts_bias:
+            layer.trpts_bias[adapter_name].add_(weight * layer.trpts_bias[name])
+
+
+@torch.no_grad()
+def _sum_modules(
+    wrapper: ModulesToSaveWrapper, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
+) -> None:
+    originals = dict(wrapper.original_module.named_parameters())
+    for key, target in wrapper.modules_to_save[adapter_name].named_parameters():
+        for name, weight in zip(adapters, weights, strict=True):
+            if name in wrapper.modules_to_save:
+                trained = wrapper.modules_to_save[name].get_parameter(key)
+                target.add_(weight * (trained - originals[key]))

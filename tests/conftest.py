@@ -1,0 +1,107 @@
+"""Small models and data that all tests share. Nothing here or in the tests reaches the network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before all else
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import (
+    DeiTConfig,
+    DeiTForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+import trpts_peft  # noqa: F401  (registers the method)
+
+torch.set_num_threads(1)
+
+FAMILIES = {"vit": (ViTConfig, ViTForImageClassification), "deit": (DeiTConfig, DeiTForImageClassification)}
+
+
+def small_config(family: str = "vit", **options: Any) -> ViTConfig | DeiTConfig:
+    """Four blocks, two heads, width 32, 64 patches, three classes; `options` of the transformers config override.
+
+    The initial weights are some eight times those of transformers' default: else blocks hardly change their input,
+    and neither adapters nor tokens would show in the logits.
+    """
+    defaults = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 4,
+        "num_labels": 3,
+        "initializer_range": 0.16,
+    }
+    return FAMILIES[family][0](**{**defaults, **options})
+
+
+def build_vit(family: str = "vit", *, seed: int = 0, model_class: type[nn.Module] | None = None, **options: Any) -> Any:
+    """A ViT or DeiT in eval mode, the same for the same seed; biases are not zero, so that forgetting one shows."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = (model_class or FAMILIES[family][1])(small_config(family, **options))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    parameter.normal_(std=0.1)
+    return model.eval()
+
+
+def build_images(count: int = 2, *, image_size: int = 32, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(count, 3, image_size, image_size) of unit variance."""
+    return torch.randn(count, 3, image_size, image_size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+class LabelledImages(Dataset[dict[str, Tensor]]):
+    """`count` random images whose labels can be told from their mean color, though not without errors."""
+
+    def __init__(self, count: int, *, num_labels: int = 3, image_size: int = 32, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.labels = torch.arange(count) % num_labels
+        tint = torch.randn(num_labels, 3, 1, 1, generator=generator)
+        self.pixel_values = build_images(count, image_size=image_size, seed=seed + 1) + 0.3 * tint[self.labels]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"pixel_values": self.pixel_values[index], "labels": self.labels[index]}
+
+    def batch(self) -> dict[str, Tensor]:
+        """All samples in one batch."""
+        return {"pixel_values": self.pixel_values, "labels": self.labels}
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+
+
+@pytest.fixture
+def tiny_vit() -> Callable[..., Any]:
+    """`tiny_vit("vit" or "deit", seed=0, model_class=None, **config)`: see `build_vit`."""
+    return build_vit
+
+
+@pytest.fixture
+def images() -> Callable[..., Tensor]:
+    """`images(count=2, image_size=32, seed=0)`: random pixel values."""
+    return build_images
+
+
+@pytest.fixture
+def labelled_images() -> type[LabelledImages]:
+    """`labelled_images(count, num_labels=3, image_size=32, seed=0)`: a Dataset for `calibrate`."""
+    return LabelledImages

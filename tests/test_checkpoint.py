@@ -1,0 +1,453 @@
+"""Files of adapters: what they hold, and that a bad one is refused and leaves no trace."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import build_images, build_vit
+from peft import PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from trpts_peft import TRPTSConfig, calibrate
+from trpts_peft.checkpoint import pack_columns, unpack_columns
+
+LINEAR = "base_model.model.vit.layers.1.mlp.fc1"
+TOKENS = "base_model.model.vit.layers.1.token_selection.trpts_keep_ppm"
+Tensors = dict[str, Tensor]
+
+
+def adapted(base: nn.Module | None = None, *, seed: int = 0, **options: Any) -> PeftModel:
+    """A PeftModel with a calibrated adapter of random values, two inputs per neuron, tokens selected in block 1."""
+    defaults: dict[str, Any] = {"modules_to_save": ["classifier"], "keep_rate": 0.5, "token_layers": [1]}
+    defaults.update(min_connections=2, max_connections=2, importance="magnitude")
+    model = get_peft_model(base or build_vit(), TRPTSConfig(**{**defaults, **options}))
+    calibrate(model, None, probe_head=False, progress=False)
+    randomize(model, seed)
+    return model.eval()
+
+
+def randomize(model: nn.Module, seed: int) -> None:
+    """Give whatever trains other values, reproducibly."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "trpts_" in name or "modules_to_save" in name:
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    adapted().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def logits(saved: Path) -> Tensor:
+    return predict(adapted())
+
+
+@torch.no_grad()
+def predict(model: nn.Module) -> Tensor:
+    return model(build_images()).logits
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """All that a refusal has to leave alone, outputs included."""
+    return {
+        "tensors": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "classes": {name: type(module) for name, module in model.named_modules()},
+        "trainable": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        "adapters": sorted(getattr(model, "peft_config", {})),
+        "flag": getattr(model, "_hf_peft_config_loaded", False),
+        "hooks": len(model._forward_pre_hooks),
+        "logits": predict(model),
+    }
+
+
+def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
+    for key in before:
+        if key == "tensors":
+            assert before[key].keys() == after[key].keys()
+            assert [n for n, t in before[key].items() if not torch.equal(t, after[key][n])] == []
+        elif key == "logits":
+            assert torch.equal(before[key], after[key])
+        else:
+            assert before[key] == after[key], key
+
+
+# ---- what a file can suffer ----
+
+
+def _columns(change: Callable[[Tensor], Any]) -> Callable[[Tensors], None]:
+    def damage(tensors: Tensors) -> None:
+        columns = tensors[f"{LINEAR}.trpts_columns"].long()
+        change(columns)
+        tensors[f"{LINEAR}.trpts_columns"] = columns.to(torch.uint16)
+
+    return damage
+
+
+def _drop(key: str) -> Callable[[Tensors], None]:
+    def damage(tensors: Tensors) -> None:
+        del tensors[key]
+
+    return damage
+
+
+def _fill(key: str, value: float) -> Callable[[Tensors], None]:
+    def damage(tensors: Tensors) -> None:
+        tensors[key].view(-1)[3] = value
+
+    return damage
+
+
+def _cut(key: str) -> Callable[[Tensors], None]:
+    def damage(tensors: Tensors) -> None:
+        tensors[key] = tensors[key][:-1].clone()
+
+    return damage
+
+
+def _other_tokens(tensors: Tensors) -> None:
+    tensors[TOKENS.replace("layers.1", "layers.2")] = tensors.pop(TOKENS)
+
+
+def _other_rate(tensors: Tensors) -> None:
+    tensors[TOKENS] = torch.tensor(700_000)
+
+
+def _wider(tensors: Tensors) -> None:
+    """Three inputs per neuron where the config says two."""
+    for part in ("trpts_columns", "trpts_values"):
+        own = tensors[f"{LINEAR}.{part}"].float()
+        tensors[f"{LINEAR}.{part}"] = torch.cat([own, own[:, -1:] + 1], dim=1)
+    tensors[f"{LINEAR}.trpts_columns"] = tensors[f"{LINEAR}.trpts_columns"].clamp(max=31).to(torch.uint16)
+
+
+DAMAGES: dict[str, Callable[[Tensors], None]] = {
+    "column out of range": _columns(lambda columns: columns[3].copy_(torch.tensor([4, 32]))),
+    "columns descending": _columns(lambda columns: columns[3].copy_(torch.tensor([4, 2]))),
+    "column twice": _columns(lambda columns: columns[3].fill_(4)),
+    "columns as floats": lambda t: t.update({f"{LINEAR}.trpts_columns": t[f"{LINEAR}.trpts_columns"].float()}),
+    "columns missing": _drop(f"{LINEAR}.trpts_columns"),
+    "values missing": _drop(f"{LINEAR}.trpts_values"),
+    "bias missing": _drop(f"{LINEAR}.trpts_bias"),
+    "fingerprint missing": _drop(f"{LINEAR}.trpts_fingerprint"),
+    "token rate missing": _drop(TOKENS),
+    "columns too short": _cut(f"{LINEAR}.trpts_columns"),
+    "values too short": _cut(f"{LINEAR}.trpts_values"),
+    "bias too short": _cut(f"{LINEAR}.trpts_bias"),
+    "more columns than the config says": _wider,
+    "values not a number": _fill(f"{LINEAR}.trpts_values", float("nan")),
+    "bias infinite": _fill(f"{LINEAR}.trpts_bias", float("inf")),
+    "other token layers": _other_tokens,
+    "other keep rate": _other_rate,
+    "other base": _fill(f"{LINEAR}.trpts_fingerprint", 9.0),
+    "empty": lambda t: t.clear(),
+}
+HEAD_DAMAGES: dict[str, Callable[[Tensors], None]] = {
+    "head missing": _drop("base_model.model.classifier.weight"),
+    "head too short": _cut("base_model.model.classifier.weight"),
+}
+
+
+def damaged(saved: Path, target: Path, damage: Callable[[Tensors], None], *, pickled: bool = False) -> Path:
+    tensors = load_file(saved / "adapter_model.safetensors")
+    damage(tensors)
+    if pickled:
+        torch.save(tensors, target / "adapter_model.bin")
+    else:
+        save_file(tensors, target / "adapter_model.safetensors")
+    (target / "adapter_config.json").write_text((saved / "adapter_config.json").read_text())
+    return target
+
+
+# ---- a good file ----
+
+
+def test_columns_are_packed_without_loss() -> None:
+    columns = torch.tensor([[0, 255], [256, 65_535]])
+    assert pack_columns(columns, 65_536).dtype == torch.uint16
+    assert pack_columns(columns, 65_537).dtype == torch.int32
+    for inputs in (65_536, 65_537):
+        assert torch.equal(unpack_columns(pack_columns(columns, inputs)), columns)
+
+
+def test_file_holds_compact_columns(saved: Path) -> None:
+    tensors = load_file(saved / "adapter_model.safetensors")
+    layer = adapted().get_submodule(LINEAR)
+    columns = tensors[f"{LINEAR}.trpts_columns"]
+    assert columns.dtype == torch.uint16
+    assert torch.equal(columns.long(), layer.trpts_columns["default"])
+    assert tensors[f"{LINEAR}.trpts_fingerprint"].dtype == torch.float32
+    assert not [key for key in tensors if "used" in key or "slots" in key or "original" in key]
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 6), (torch.bfloat16, 4), (torch.float16, 4)])
+def test_bytes_per_trainable_weight(tmp_path: Path, dtype: torch.dtype, most: int) -> None:
+    config = TRPTSConfig(target_modules=["fc1", "fc2"], token_layers=[1])
+    model = get_peft_model(build_vit().to(dtype), config, autocast_adapter_dtype=False)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    size = sum(t.nbytes for key, t in tensors.items() if key.endswith(("columns", "values")))
+    assert size <= most * sum(t.numel() for key, t in tensors.items() if key.endswith("values"))
+
+
+def test_calibrated_values_keep_the_dtype_asked_for(tmp_path: Path) -> None:
+    config = TRPTSConfig(target_modules=["fc1"], importance="magnitude", token_layers=0)
+    model = get_peft_model(build_vit().bfloat16(), config, autocast_adapter_dtype=False)
+    calibrate(model, None, probe_head=False, progress=False)
+    assert model.get_submodule(LINEAR).trpts_values["default"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_good_file_loads(saved: Path, logits: Tensor, low_cpu_mem_usage: bool, is_trainable: bool) -> None:
+    options = {"low_cpu_mem_usage": low_cpu_mem_usage, "is_trainable": is_trainable}
+    model = PeftModel.from_pretrained(build_vit(), saved, **options).eval()
+    assert torch.equal(predict(model), logits)
+    layer = model.get_submodule(LINEAR)
+    assert layer.trpts_columns["default"].dtype == torch.int64
+    assert layer.trpts_values["default"].requires_grad == is_trainable
+
+
+def test_file_written_with_safe_serialization_off(tmp_path: Path, logits: Tensor) -> None:
+    adapted().save_pretrained(tmp_path, safe_serialization=False)
+    assert (tmp_path / "adapter_model.bin").exists()
+    assert torch.equal(predict(PeftModel.from_pretrained(build_vit(), tmp_path)), logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_dtype_of_the_same_base_passes(saved: Path, dtype: torch.dtype) -> None:
+    model = PeftModel.from_pretrained(build_vit().to(dtype), saved)
+    base = PeftModel.from_pretrained(build_vit(), saved)
+    assert torch.equal(*(m.get_submodule(LINEAR).trpts_columns["default"] for m in (model, base)))
+
+
+def test_float32_base_of_a_16_bit_adapter_passes(tmp_path: Path) -> None:
+    adapted(build_vit().bfloat16()).save_pretrained(tmp_path)
+    PeftModel.from_pretrained(build_vit(), tmp_path)
+
+
+def test_fingerprint_is_of_the_unmerged_base(tmp_path: Path) -> None:
+    model = adapted()
+    model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    model.unmerge_adapter()
+    assert torch.equal(predict(PeftModel.from_pretrained(build_vit(), tmp_path)), predict(model))
+
+
+def test_file_cannot_be_loaded_while_merged(saved: Path) -> None:
+    model = adapted()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge"):
+        model.load_adapter(saved, "default")
+
+
+# ---- damaged files, by each way in ----
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, *HEAD_DAMAGES])
+def test_from_pretrained_refuses(saved: Path, tmp_path: Path, logits: Tensor, damage: str) -> None:
+    base = build_vit()
+    before = snapshot(base)
+    with pytest.raises(ValueError):
+        PeftModel.from_pretrained(base, damaged(saved, tmp_path, {**DAMAGES, **HEAD_DAMAGES}[damage]))
+    assert_same(before, snapshot(base))
+    assert torch.equal(predict(PeftModel.from_pretrained(base, saved)), logits)
+
+
+@pytest.mark.parametrize("damage", ["column out of range", "values missing", "values not a number", "other base"])
+@pytest.mark.parametrize("pickled", [False, True])
+def test_low_memory_loading_refuses(saved: Path, tmp_path: Path, damage: str, pickled: bool) -> None:
+    base = build_vit()
+    before = snapshot(base)
+    path = damaged(saved, tmp_path, DAMAGES[damage], pickled=pickled)
+    with pytest.raises(ValueError, match="adapter's"):
+        PeftModel.from_pretrained(base, path, low_cpu_mem_usage=True, is_trainable=True)
+    assert_same(before, snapshot(base))
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, *HEAD_DAMAGES])
+def test_second_adapter_is_refused(saved: Path, tmp_path: Path, logits: Tensor, damage: str) -> None:
+    model = adapted()
+    before = snapshot(model)
+    with pytest.raises(ValueError):
+        model.load_adapter(damaged(saved, tmp_path, {**DAMAGES, **HEAD_DAMAGES}[damage]), "second")
+    assert_same(before, snapshot(model))
+    assert model.active_adapters == ["default"]
+    model.load_adapter(saved, "second")
+    model.set_adapter("second")
+    assert torch.equal(predict(model), logits)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_trained_adapter_survives_a_refused_resume(saved: Path, tmp_path: Path, damage: str) -> None:
+    model = adapted(seed=5)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="adapter's"):
+        model.load_adapter(damaged(saved, tmp_path, DAMAGES[damage]), "default", is_trainable=True)
+    assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_set_peft_model_state_dict_refuses(saved: Path, damage: str) -> None:
+    model = adapted(seed=5)
+    before = snapshot(model)
+    tensors = load_file(saved / "adapter_model.safetensors")
+    DAMAGES[damage](tensors)
+    if not tensors:
+        pytest.skip("PEFT looks for the head first")
+    with pytest.raises(ValueError, match="adapter's"):
+        set_peft_model_state_dict(model, tensors)
+    assert_same(before, snapshot(model))
+
+
+def test_injected_adapter_is_withdrawn(saved: Path, logits: Tensor) -> None:
+    base = build_vit()
+    before = snapshot(base)
+    inject_adapter_in_model(TRPTSConfig.from_pretrained(saved), base)
+    tensors = {k.removeprefix("base_model.model."): v for k, v in load_file(saved / "adapter_model.safetensors").items()}
+    bad = {k: v.clone() for k, v in tensors.items()}
+    bad[f"{LINEAR}.trpts_values".removeprefix("base_model.model.")][0, 0] = float("nan")
+    with pytest.raises(ValueError, match="finite"):
+        set_peft_model_state_dict(base, bad)
+    assert_same(before, snapshot(base))
+    inject_adapter_in_model(TRPTSConfig.from_pretrained(saved), base)
+    set_peft_model_state_dict(base, tensors)
+    assert torch.equal(predict(base), logits)
+
+
+def test_uncalibrated_adapter_survives_a_refused_resume(saved: Path) -> None:
+    """The remedy that the message names, to calibrate first, has to be possible afterwards."""
+    config = TRPTSConfig(importance="magnitude", modules_to_save=["classifier"], token_layers=[1])
+    model = get_peft_model(build_vit(), config)
+    with pytest.raises(ValueError, match="calibrate this model"):
+        model.load_adapter(saved, "default", is_trainable=True)
+    calibrate(model, None, probe_head=False, progress=False)
+
+
+# ---- transformers' own loader ----
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("damage", [*DAMAGES, *HEAD_DAMAGES])
+def test_transformers_loader_refuses_at_the_first_forward(
+    saved: Path, tmp_path: Path, logits: Tensor, damage: str
+) -> None:
+    base = build_vit()
+    before = snapshot(base)
+    path = damaged(saved, tmp_path, {**DAMAGES, **HEAD_DAMAGES}[damage])
+    with pytest.raises((ValueError, RuntimeError)):
+        base.load_adapter(str(path))
+        predict(base)
+    if hasattr(base, "peft_config"):  # transformers has refused it by itself, and left it in
+        with pytest.raises(ValueError, match="adapter's"):
+            predict(base)
+    assert_same(before, snapshot(base))
+    base.load_adapter(str(saved))
+    assert torch.equal(predict(base), logits)
+
+
+def test_transformers_loader_takes_a_good_file(saved: Path, logits: Tensor) -> None:
+    base = build_vit()
+    base.load_adapter(str(saved))
+    assert torch.equal(predict(base), logits)
+    assert not base._forward_pre_hooks
+    columns = base.get_submodule(LINEAR.removeprefix("base_model.model.")).trpts_columns["default"]
+    assert columns.dtype == torch.int64
+
+
+def test_transformers_second_adapter_is_refused(saved: Path, tmp_path: Path, logits: Tensor) -> None:
+    base = build_vit()
+    base.load_adapter(str(saved), "good")
+    before = snapshot(base)
+    base.load_adapter(str(damaged(saved, tmp_path, DAMAGES["column twice"])), "bad")
+    with pytest.raises(ValueError, match="ascending"):
+        predict(base)
+    base.set_adapter("good")
+    after = snapshot(base)
+    assert torch.equal(after["logits"], logits)
+    assert (before["adapters"], before["classes"]) == (after["adapters"], after["classes"])
+
+
+def test_transformers_loader_refuses_another_base(saved: Path) -> None:
+    other = build_vit(seed=1)
+    other.load_adapter(str(saved))
+    with pytest.raises(ValueError, match="base"):
+        predict(other)
+
+
+# ---- another base ----
+
+
+def test_other_base_is_refused(saved: Path) -> None:
+    other = build_vit(seed=1)
+    before = snapshot(other)
+    with pytest.raises(ValueError, match="allow_other_base"):
+        PeftModel.from_pretrained(other, saved)
+    assert_same(before, snapshot(other))
+
+
+def test_other_architecture_is_refused_before_injection(saved: Path) -> None:
+    small = build_vit(num_hidden_layers=1)
+    before = snapshot(small)
+    with pytest.raises(ValueError, match="selected_token_layers"):
+        PeftModel.from_pretrained(small, saved)
+    assert_same(before, snapshot(small))
+
+
+def test_other_base_can_be_allowed(saved: Path, tmp_path: Path) -> None:
+    config = TRPTSConfig.from_pretrained(saved)
+    config.allow_other_base = True
+    model = PeftModel.from_pretrained(build_vit(seed=1), saved, config=config)
+    model.save_pretrained(tmp_path)
+    assert "allow_other_base" not in json.loads((tmp_path / "adapter_config.json").read_text())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_file_cannot_allow_another_base(saved: Path, tmp_path: Path) -> None:
+    damaged(saved, tmp_path, lambda tensors: None)
+    options = json.loads((saved / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**options, "allow_other_base": True}))
+    with pytest.raises((ValueError, TypeError)):
+        PeftModel.from_pretrained(build_vit(seed=1), tmp_path)
+
+
+# ---- resuming ----
+
+
+def test_resume_needs_equal_connections(saved: Path, logits: Tensor) -> None:
+    model = adapted(seed=5)
+    model.load_adapter(saved, "default", is_trainable=True)
+    assert torch.equal(predict(model), logits)
+
+
+@pytest.mark.parametrize("option", [{"max_connections": 3, "min_connections": 3}, {"token_layers": [2]}, {"keep_rate": 0.6}])
+def test_resume_refuses_other_shapes_and_token_layers(saved: Path, option: dict[str, Any]) -> None:
+    model = adapted(**option)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="from_pretrained"):
+        model.load_adapter(saved, "default", is_trainable=True)
+    assert_same(before, snapshot(model))
+
+
+def test_resumed_columns_reach_forward(saved: Path, logits: Tensor) -> None:
+    """Other columns of the same number are taken over, and what follows from them."""
+    model = adapted(importance="random", seed=5)
+    assert not torch.equal(predict(model), logits)
+    model.load_adapter(saved, "default", is_trainable=True)
+    assert torch.equal(predict(model), logits)
+
+
+def test_adapter_of_an_uncalibrated_config(tmp_path: Path) -> None:
+    model = get_peft_model(build_vit(), TRPTSConfig(target_modules=["fc1"], token_layers=[1], keep_rate=0.5))
+    randomize(model, 0)
+    model.eval().save_pretrained(tmp_path)
+    assert torch.equal(predict(PeftModel.from_pretrained(build_vit(), tmp_path)), predict(model))

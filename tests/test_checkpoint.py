@@ -130,6 +130,11 @@ def _wider(tensors: Tensors) -> None:
     tensors[f"{LINEAR}.trpts_columns"] = tensors[f"{LINEAR}.trpts_columns"].clamp(max=31).to(torch.uint16)
 
 
+def _only_head(tensors: Tensors) -> None:
+    for key in [key for key in tensors if "trpts_" in key]:
+        del tensors[key]
+
+
 DAMAGES: dict[str, Callable[[Tensors], None]] = {
     "column out of range": _columns(lambda columns: columns[3].copy_(torch.tensor([4, 32]))),
     "columns descending": _columns(lambda columns: columns[3].copy_(torch.tensor([4, 2]))),
@@ -149,11 +154,9 @@ DAMAGES: dict[str, Callable[[Tensors], None]] = {
     "other token layers": _other_tokens,
     "other keep rate": _other_rate,
     "other base": _fill(f"{LINEAR}.trpts_fingerprint", 9.0),
-    "empty": lambda t: t.clear(),
-}
-HEAD_DAMAGES: dict[str, Callable[[Tensors], None]] = {
-    "head missing": _drop("base_model.model.classifier.weight"),
+    "only the head": _only_head,
     "head too short": _cut("base_model.model.classifier.weight"),
+    "head not a number": _fill("base_model.model.classifier.weight", float("nan")),
 }
 
 
@@ -197,13 +200,6 @@ def test_bytes_per_trainable_weight(tmp_path: Path, dtype: torch.dtype, most: in
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     size = sum(t.nbytes for key, t in tensors.items() if key.endswith(("columns", "values")))
     assert size <= most * sum(t.numel() for key, t in tensors.items() if key.endswith("values"))
-
-
-def test_calibrated_values_keep_the_dtype_asked_for(tmp_path: Path) -> None:
-    config = TRPTSConfig(target_modules=["fc1"], importance="magnitude", token_layers=0)
-    model = get_peft_model(build_vit().bfloat16(), config, autocast_adapter_dtype=False)
-    calibrate(model, None, probe_head=False, progress=False)
-    assert model.get_submodule(LINEAR).trpts_values["default"].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
@@ -253,12 +249,12 @@ def test_file_cannot_be_loaded_while_merged(saved: Path) -> None:
 # ---- damaged files, by each way in ----
 
 
-@pytest.mark.parametrize("damage", [*DAMAGES, *HEAD_DAMAGES])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_from_pretrained_refuses(saved: Path, tmp_path: Path, logits: Tensor, damage: str) -> None:
     base = build_vit()
     before = snapshot(base)
     with pytest.raises(ValueError):
-        PeftModel.from_pretrained(base, damaged(saved, tmp_path, {**DAMAGES, **HEAD_DAMAGES}[damage]))
+        PeftModel.from_pretrained(base, damaged(saved, tmp_path, DAMAGES[damage]))
     assert_same(before, snapshot(base))
     assert torch.equal(predict(PeftModel.from_pretrained(base, saved)), logits)
 
@@ -274,12 +270,12 @@ def test_low_memory_loading_refuses(saved: Path, tmp_path: Path, damage: str, pi
     assert_same(before, snapshot(base))
 
 
-@pytest.mark.parametrize("damage", [*DAMAGES, *HEAD_DAMAGES])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_second_adapter_is_refused(saved: Path, tmp_path: Path, logits: Tensor, damage: str) -> None:
     model = adapted()
     before = snapshot(model)
     with pytest.raises(ValueError):
-        model.load_adapter(damaged(saved, tmp_path, {**DAMAGES, **HEAD_DAMAGES}[damage]), "second")
+        model.load_adapter(damaged(saved, tmp_path, DAMAGES[damage]), "second")
     assert_same(before, snapshot(model))
     assert model.active_adapters == ["default"]
     model.load_adapter(saved, "second")
@@ -302,8 +298,6 @@ def test_set_peft_model_state_dict_refuses(saved: Path, damage: str) -> None:
     before = snapshot(model)
     tensors = load_file(saved / "adapter_model.safetensors")
     DAMAGES[damage](tensors)
-    if not tensors:
-        pytest.skip("PEFT looks for the head first")
     with pytest.raises(ValueError, match="adapter's"):
         set_peft_model_state_dict(model, tensors)
     assert_same(before, snapshot(model))
@@ -336,14 +330,24 @@ def test_uncalibrated_adapter_survives_a_refused_resume(saved: Path) -> None:
 # ---- transformers' own loader ----
 
 
+def _drop_head(tensors: Tensors) -> None:
+    """Through PEFT's own loader this is a KeyError of PEFT's, raised before any hook of ours."""
+    del tensors["base_model.model.classifier.weight"]
+
+
+# Whole numbers stored as floats come out of transformers' loader as whole numbers.
+UNCAST = {name: damage for name, damage in DAMAGES.items() if name != "columns as floats"}
+UNCAST["head missing"] = _drop_head
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("damage", [*DAMAGES, *HEAD_DAMAGES])
+@pytest.mark.parametrize("damage", UNCAST)
 def test_transformers_loader_refuses_at_the_first_forward(
     saved: Path, tmp_path: Path, logits: Tensor, damage: str
 ) -> None:
     base = build_vit()
     before = snapshot(base)
-    path = damaged(saved, tmp_path, {**DAMAGES, **HEAD_DAMAGES}[damage])
+    path = damaged(saved, tmp_path, UNCAST[damage])
     with pytest.raises((ValueError, RuntimeError)):
         base.load_adapter(str(path))
         predict(base)
@@ -364,6 +368,7 @@ def test_transformers_loader_takes_a_good_file(saved: Path, logits: Tensor) -> N
     assert columns.dtype == torch.int64
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 def test_transformers_second_adapter_is_refused(saved: Path, tmp_path: Path, logits: Tensor) -> None:
     base = build_vit()
     base.load_adapter(str(saved), "good")

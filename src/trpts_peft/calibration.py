@@ -23,7 +23,7 @@ from .layer import TRPTSLinear
 from .measurement import LABELS, SCORES, check_labels, check_words, collect_features, measure, targeted_linears
 from .probe import LinearProbe, fit_linear_probe
 from .selection import Selection, select
-from .vit import check_token_layers, has_fixed_selection, install_keep_rates
+from .vit import check_no_fixed_selection, check_token_layers, install_keep_rates
 
 __all__ = ["calibrate"]
 
@@ -99,11 +99,6 @@ def calibrate(
     else:
         scores = _scores_without_data(linears, config)
     selection = select(scores, config, base)
-    if selection.token_layers and has_fixed_selection(base):
-        raise ValueError(
-            "`model` must not select tokens at fixed rates when an adapter does, got one that does: call "
-            "`apply_token_selection(model, {})` first."
-        )
     _install(base, cast(Any, model).peft_config, adapter_name, config, selection)
     _finish_head(head, probe)
     if progress and rank == 0:
@@ -143,6 +138,8 @@ def _check_calibratable(base: nn.Module, config: TRPTSConfig, adapter_name: str,
         )
     if isinstance(config.token_layers, list) and config.token_layers:
         check_token_layers(base, config.token_layers)
+    if config.token_layers:
+        check_no_fixed_selection(base)
 
 
 def _head_or_none(base: nn.Module, adapter_name: str) -> Head | None:

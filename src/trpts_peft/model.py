@@ -22,11 +22,10 @@ from .tuner_layer import PREFIX, TRPTSLayer
 from .vit import (
     AdapterTokenSelection,
     apply_token_selection,
+    check_no_fixed_selection,
     check_token_layers,
     drop_idle_selections,
-    has_fixed_selection,
     install_keep_rates,
-    keep_rates_in_force,
     remove_token_selection,
     token_selections,
 )
@@ -62,11 +61,7 @@ class TRPTSModel(BaseTuner):
         if layers:
             argument = "token_layers" if peft_config.selected_token_layers is None else "selected_token_layers"
             check_token_layers(model, layers, argument)
-            if has_fixed_selection(model):
-                raise ValueError(
-                    "`model` must not select tokens at fixed rates when an adapter does, got one that does: call "
-                    "`apply_token_selection(model, {})` first."
-                )
+            check_no_fixed_selection(model)
         adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         for name, module in model.named_modules():
             if name.startswith(adapted) or not self._check_target_module_exists(peft_config, name):
@@ -177,6 +172,10 @@ class TRPTSModel(BaseTuner):
         """Add the weighted sum of adapters as a new one; see `trpts_peft.weighted.add_weighted_adapter`."""
         add_weighted_adapter(self, adapters, weights, adapter_name)
 
+    def extra_repr(self) -> str:
+        waiting = [name for name, config in self.peft_config.items() if cast(TRPTSConfig, config).connections is None]
+        return f"not calibrated: {', '.join(waiting)}" if waiting else ""
+
     # ---- leaving PEFT ----
 
     def merge_and_unload(
@@ -203,7 +202,6 @@ class TRPTSModel(BaseTuner):
             for index, selection in token_selections(self.model).items()
             if isinstance(selection, AdapterTokenSelection) and (rate := selection.rate_of(names) or 1.0) < 1
         }
-        fixed = keep_rates_in_force(self.model) if has_fixed_selection(self.model) else {}
         model: nn.Module = super().merge_and_unload(
             progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
@@ -212,8 +210,6 @@ class TRPTSModel(BaseTuner):
             apply_token_selection(model, rates)
         elif rates and not keep_token_selection:
             logger.warning("Token selection is dropped: the outputs of the merged model differ from the adapter's.")
-        elif fixed and not keep_token_selection:
-            apply_token_selection(model, {})
         return model
 
     def unload(self) -> nn.Module:
@@ -301,6 +297,11 @@ class _LoadCheck:
 
     def __call__(self, model: nn.Module, _args: Any) -> None:
         if torch.compiler.is_compiling():
+            if model.training:  # gradients need what follows from the columns, which a loader may have exchanged
+                raise RuntimeError(
+                    f"Adapter {self.adapter_name!r} must be checked before it is compiled for training, got a "
+                    "compiled model: run one forward pass first."
+                )
             return
         config = getattr(model, "peft_config", {}).get(self.adapter_name)
         try:

@@ -24,7 +24,14 @@ __all__ = ["overlap", "plot_layer_importance", "plot_overlap", "plot_tokens"]
 
 # Okabe and Ito: told apart by readers of all color visions.
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
-_GREY = 0.55  # what merged patches fade to: seen beside black as well as beside white
+_TRIANGLE: Any = {
+    "marker": "v",
+    "markersize": 6,
+    "markeredgecolor": "black",
+    "markeredgewidth": 0.7,
+    "linestyle": "none",
+}
+_GRAY = 0.55  # what merged patches fade to: seen beside black as well as beside white
 
 
 # ---- figure 5 ----
@@ -44,37 +51,53 @@ def plot_layer_importance(source: Selection | Mapping[str, Selection], *, ax: Ax
     """
     selections = {"": source} if isinstance(source, Selection) else _labelled(source, at_least=1)
     units = sorted({unit for selection in selections.values() for unit in selection.importance}, key=_natural)
-    ax = _axes(ax, (max(5.0, 1.5 + 0.16 * len(units) * (1 + len(selections))), 3.4))
-    width = 0.8 / len(selections)
-    for index, (label, color, selection) in enumerate(zip(selections, cycle(_COLORS), selections.values())):
-        places = [place - 0.4 + (index + 0.5) * width for place in range(len(units))]
-        heights = [100 * selection.importance.get(unit, 0.0) for unit in units]
-        ax.bar(places, heights, width, color=color, label=label or None)
-        chosen = [place for place, unit in enumerate(units) if _block_index(unit) in selection.token_layers]
-        _mark(ax, [(places[place], heights[place]) for place in chosen], color)
-    labels = _unit_labels(units)
-    ax.set_xticks(range(len(units)), labels, rotation=90 if max(map(len, labels), default=0) > 3 else 0)
-    ax.set_xlabel("transformer block" if all(map(str.isdecimal, labels)) else "unit")
-    ax.set_ylabel("share of top Fisher entries (%)")
-    ax.set_title("Layer importance")
-    ax.margins(x=0.02, y=0.12)
-    ax.spines[["top", "right"]].set_visible(False)
-    if ax.get_legend_handles_labels()[1]:
-        ax.legend(frameon=False)
+    ax = _unit_axes(ax, units, len(selections))
+    width, marked = 0.8 / len(selections), False
+    for index, ((label, selection), color) in enumerate(zip(selections.items(), cycle(_COLORS), strict=False)):
+        bars = {unit: (place - 0.4 + (index + 0.5) * width) for place, unit in enumerate(units)}
+        heights = {unit: 100 * w for unit, w in selection.importance.items()}
+        ax.bar([bars[unit] for unit in heights], list(heights.values()), width, color=color, label=label or None)
+        chosen = [unit for unit in heights if _block_index(unit) in selection.token_layers]
+        _mark(ax, [(bars[unit], heights[unit]) for unit in chosen], color)
+        marked = marked or bool(chosen)
+    _legend(ax, marked)
     return ax
 
 
-def _mark(ax: Axes, points: list[tuple[float, float]], color: str) -> None:
+def _unit_axes(ax: Axes | None, units: Sequence[str], groups: int) -> Axes:
+    """Axes with a place for each unit and all that is written around them."""
+    labels = _unit_labels(units)
+    longest = max(map(len, labels), default=0)
+    upright = longest <= 3
+    width = min(16.0, max(5.0, 1.5 + 0.16 * len(units) * (1 + groups)))
+    ax = _axes(ax, (width, 3.4 if upright else 3.4 + 0.09 * longest))
+    size = 10 if width > 0.25 * len(units) else 7
+    ax.set_xticks(range(len(units)), labels, rotation=0 if upright else 90, fontsize=size)
+    ax.set_xlabel("transformer block" if all(map(str.isdecimal, labels)) else "unit")
+    ax.set_ylabel("share of top-scoring weights (%)")
+    ax.set_title("Layer importance")
+    ax.margins(x=0.02, y=0.12)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def _mark(ax: Axes, points: Sequence[tuple[float, float]], color: str) -> None:
     """Triangles a little above the bars: the bars of token layers are often too low for a pattern on them."""
     from matplotlib.transforms import ScaledTranslation
 
-    if not points:
-        return
-    labels = ax.get_legend_handles_labels()[1]
     above = ax.transData + ScaledTranslation(0, 6 / 72, _figure_of(ax).dpi_scale_trans)
-    x, y = zip(*points, strict=True)
-    label = None if "selects tokens" in labels else "selects tokens"
-    ax.scatter(x, y, marker="v", s=26, color=color, edgecolor="black", linewidth=0.6, transform=above, label=label)
+    for x, y in points:
+        ax.plot(x, y, color=color, transform=above, **_TRIANGLE)
+
+
+def _legend(ax: Axes, marked: bool) -> None:
+    from matplotlib.lines import Line2D
+
+    handles, labels = ax.get_legend_handles_labels()
+    if marked:
+        handles, labels = [*handles, Line2D([], [], color="white", **_TRIANGLE)], [*labels, "selects tokens"]
+    if handles:
+        ax.legend(handles, labels, frameon=False)
 
 
 def _natural(unit: str) -> tuple[bool, list[tuple[int, str]]]:
@@ -106,7 +129,7 @@ def plot_tokens(
     processor: Any = None,
     max_images: int = 4,
 ) -> Figure:
-    """Figure 6: the patches that are still tokens of their own behind each selecting block; merged ones fade to grey.
+    """Figure 6: the patches that are still tokens of their own behind each selecting block; merged ones fade to gray.
 
     The model runs once, in eval mode and without gradients, and is left as it was.
 
@@ -141,7 +164,7 @@ def plot_tokens(
             _show(axes[row, column], _faded(image, kept, grid), f"{len(kept)} kept")
     for column, title in enumerate(["image", *(f"block {block}" for block in blocks)]):
         axes[0, column].set_title(title, fontsize=11)
-    figure.suptitle("Patches kept; merged patches are grey", fontsize=12)
+    figure.suptitle("Patches kept as tokens (merged ones are gray)", fontsize=12)
     return figure
 
 
@@ -207,15 +230,15 @@ def _displayable(pixels: Tensor, processor: Any) -> Tensor:
 
 
 def _faded(image: Tensor, kept: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The image (H, W, 3) with all patches but the kept ones mostly grey."""
+    """The image (H, W, 3) with all patches but the kept ones mostly gray."""
     alive = torch.zeros(grid[0] * grid[1], dtype=torch.bool)
     alive[kept] = True
     height, width = image.shape[0] // grid[0], image.shape[1] // grid[1]
     mask = alive.view(grid).repeat_interleave(height, 0).repeat_interleave(width, 1)
     result = image.clone()
     covered = result[: mask.shape[0], : mask.shape[1]]  # a patch convolution drops what does not fill a patch
-    grey = 0.15 * covered.mean(2, keepdim=True) + 0.85 * _GREY
-    covered.copy_(torch.where(mask.unsqueeze(2), covered, grey))
+    gray = 0.15 * covered.mean(2, keepdim=True) + 0.85 * _GRAY
+    covered.copy_(torch.where(mask.unsqueeze(2), covered, gray))
     return result
 
 

@@ -155,7 +155,8 @@ def _allocate(
     size = sum(rows * inputs for rows, inputs in shapes.values())
     least, greatest = _trainable(at(steps[0]), shapes), _trainable(at(steps[-1]), shapes)
     wanted = Fraction(config.budget) * size
-    if not least <= wanted <= greatest:
+    slack = Fraction(1, 100_000)  # the limits that the message names, as printed, are accepted
+    if not least * (1 - slack) <= wanted <= greatest * (1 + slack):
         raise ValueError(
             f"`budget` must be from {least / size:.6g} (one input per neuron) to {greatest / size:.6g} (all neurons at "
             f"`max_connections` or their inputs), got {config.budget!r}."

@@ -97,6 +97,16 @@ class AdapterTokenSelection(TokenSelection, TRPTSLayer):
             )
         return rates[0] if rates else None
 
+    @property
+    def weight(self) -> Tensor:
+        """There is none; PEFT's property would look for it without end."""
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute 'weight'")
+
+    @property
+    def bias(self) -> Tensor:
+        """There is none."""
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute 'bias'")
+
     def set_rate(self, adapter_name: str, rate: float | None) -> None:
         """Set the rate of an adapter here; None if it selects nothing in this block."""
         self.keep_rates[adapter_name] = rate
@@ -331,9 +341,13 @@ def remove_token_selection(model: nn.Module) -> None:
     _refresh_classes(model)
 
 
-def has_fixed_selection(model: nn.Module) -> bool:
-    """Whether the model selects tokens at fixed rates, without an adapter."""
-    return any(not isinstance(s, AdapterTokenSelection) for s in token_selections(model).values())
+def check_no_fixed_selection(model: nn.Module) -> None:
+    """Refuse a model that selects tokens at fixed rates already, where an adapter is to select them."""
+    if any(not isinstance(s, AdapterTokenSelection) for s in token_selections(model).values()):
+        raise ValueError(
+            "`model` must not select tokens at fixed rates when an adapter does, got one that does: call "
+            "`apply_token_selection(model, {})` first."
+        )
 
 
 def set_token_selection(model: nn.Module, enabled: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -34,11 +35,11 @@ class Digits(Dataset[Batch]):
         return {"pixel_values": self.pixel_values[index], "labels": self.labels[index]}
 
     def batches(self, size: int, generator: torch.Generator) -> Iterator[Batch]:
-        """One epoch in random order, each batch moved by up to two pixels; a last batch below `size` is left out."""
+        """One epoch in random order, each image distorted at random; a last batch below `size` is left out."""
         order = torch.randperm(len(self), generator=generator)
         for rows in order.split(size):
             if len(rows) == size:
-                yield {"pixel_values": _shift(self.pixel_values[rows], generator), "labels": self.labels[rows]}
+                yield {"pixel_values": _distort(self.pixel_values[rows], generator), "labels": self.labels[rows]}
 
 
 def split_digits(digits: range, train_per_class: int, seed: int) -> tuple[Digits, Digits]:
@@ -57,6 +58,13 @@ def _make(images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> Digits:
     return Digits(large.repeat(1, 3, 1, 1), torch.from_numpy(labels[rows]).long())
 
 
-def _shift(images: Tensor, generator: torch.Generator) -> Tensor:
-    y, x = torch.randint(0, 5, (2,), generator=generator).tolist()
-    return F.pad(images, (2, 2, 2, 2), value=-1.0)[:, :, y : y + IMAGE_SIZE, x : x + IMAGE_SIZE]
+def _distort(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image (B, 3, H, W) turned by up to 20 degrees, and scaled, slanted and moved a little."""
+    angle, scale, slant, x, y = torch.rand(5, len(images), generator=generator) * 2 - 1
+    angle, scale = math.radians(20) * angle, 1 + 0.15 * scale
+    rows = [
+        torch.stack([scale * angle.cos(), 0.2 * slant - angle.sin(), 0.15 * x], dim=1),
+        torch.stack([angle.sin(), scale * angle.cos(), 0.15 * y], dim=1),
+    ]
+    grid = F.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
+    return F.grid_sample(images + 1, grid, align_corners=False) - 1  # what lies outside reads 0, and must become black

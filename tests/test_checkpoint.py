@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_images, build_vit
 from peft import PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from conftest import build_images, build_vit
 from trpts_peft import TRPTSConfig, calibrate
 from trpts_peft.checkpoint import pack_columns, unpack_columns
 
@@ -307,7 +307,9 @@ def test_injected_adapter_is_withdrawn(saved: Path, logits: Tensor) -> None:
     base = build_vit()
     before = snapshot(base)
     inject_adapter_in_model(TRPTSConfig.from_pretrained(saved), base)
-    tensors = {k.removeprefix("base_model.model."): v for k, v in load_file(saved / "adapter_model.safetensors").items()}
+    tensors = {
+        k.removeprefix("base_model.model."): v for k, v in load_file(saved / "adapter_model.safetensors").items()
+    }
     bad = {k: v.clone() for k, v in tensors.items()}
     bad[f"{LINEAR}.trpts_values".removeprefix("base_model.model.")][0, 0] = float("nan")
     with pytest.raises(ValueError, match="finite"):
@@ -434,7 +436,9 @@ def test_resume_needs_equal_connections(saved: Path, logits: Tensor) -> None:
     assert torch.equal(predict(model), logits)
 
 
-@pytest.mark.parametrize("option", [{"max_connections": 3, "min_connections": 3}, {"token_layers": [2]}, {"keep_rate": 0.6}])
+@pytest.mark.parametrize(
+    "option", [{"max_connections": 3, "min_connections": 3}, {"token_layers": [2]}, {"keep_rate": 0.6}]
+)
 def test_resume_refuses_other_shapes_and_token_layers(saved: Path, option: dict[str, Any]) -> None:
     model = adapted(**option)
     before = snapshot(model)

@@ -96,7 +96,9 @@ def test_equal_columns_add_up(product):
 @pytest.mark.parametrize("product", [composed, added])
 def test_gradcheck(product):
     x, weight, bias, columns, values = case(torch.float64)
-    assert torch.autograd.gradcheck(lambda x, bias, values: product(x, weight, bias, columns, values), (x, bias, values))
+    assert torch.autograd.gradcheck(
+        lambda x, bias, values: product(x, weight, bias, columns, values), (x, bias, values)
+    )
 
 
 def saved_by(function):

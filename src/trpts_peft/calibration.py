@@ -48,62 +48,86 @@ def calibrate(
 ) -> Selection:
     """Decide, from data, which connections an adapter trains and which blocks select tokens, and set it up so.
 
-    Fits the head by a linear probe, measures the score that the config's `importance` names, applies eqs. 3 to 6 and
-    gives the adapter its columns, with an update of zero. Comes before the optimizer, DDP and `torch.compile`: the
-    adapter's parameters are replaced. The config in `model.peft_config` is replaced by a copy with the results.
+    Comes before optimizer, DDP and `torch.compile`: the adapter's parameters, and its config in `model.peft_config`,
+    are replaced. The update starts at zero.
 
     Args:
         model: a PeftModel with a TR-PTS adapter, or a model that one was injected into.
-        data: as for `estimate_fisher`. May be None where nothing needs it: `scores` given or `importance` of
-            `"magnitude"` or `"random"`, and `probe_head=False`.
+        data: as for `estimate_fisher`; None where neither the probe nor the scores need it.
         adapter_name: the adapter; None: the active one.
         scores: scores to use instead of measuring.
-        probe_head: fit the head first. The fitted head is written to the adapter's copy of it (`modules_to_save`) and
-            training starts from it; an adapter without one gets scores by the fitted head, and keeps its own.
+        probe_head: fit the head first, and start training from it if it is in `modules_to_save`.
         overwrite: calibrate an adapter that is calibrated, loaded or trained already.
         num_samples, batch_size, loss_fn, labels, workspace_mb, accelerator: as for `estimate_fisher`.
         progress: show progress bars, and print what was selected.
 
-    Returns:
-        What was selected; `print(selection.summary())`.
-
     Raises:
-        ValueError: as `estimate_fisher` and `select`; the adapter is calibrated already, or merged. Nothing is changed.
+        ValueError: as `estimate_fisher` and `select`, or the adapter is calibrated or merged. Nothing is changed.
     """
     check_words(labels=(labels, LABELS))
-    base, adapter_name, config = _find_adapter(model, adapter_name)
-    linears = targeted_linears(base, config, adapter_name)
-    _check_calibratable(base, config, adapter_name, overwrite)
-    rank, world = processes(accelerator)
-    needs_scores = scores is None and config.importance in SCORES
-    batches = None
-    if needs_scores or probe_head:
-        if data is None:
-            raise ValueError(
-                "`data` must be a Dataset or DataLoader, got None: only `probe_head=False` with `scores`, or with "
-                '`importance="magnitude"` or `"random"`, needs none.'
-            )
-        batches = Batches(data, base, num_samples=num_samples, batch_size=batch_size, rank=rank, world=world)
-    head = find_head(base, adapter_name) if probe_head else _head_or_none(base, adapter_name)
-    probe = None
-    if probe_head:
-        assert batches is not None and head is not None
-        probe = _probe(base, batches, head, progress)
-    if scores is not None:
-        _check_given(scores, linears)
-    elif needs_scores:
-        assert batches is not None
-        collector = FisherCollector(linears, config.importance, workspace_mb)
+    base, name, config = _find_adapter(model, adapter_name)
+    _check_calibratable(base, config, name, overwrite)
+    measures = scores is None and config.importance in SCORES
+    batches = _batches(base, data, num_samples, batch_size, accelerator) if measures or probe_head else None
+    head, probe = _fit_head(base, name, batches if probe_head else None, progress)
+    if measures:
         with _predicting(head, probe):
-            scores = measure(base, batches, collector, labels=labels, loss_fn=loss_fn, progress=progress)
-    else:
-        scores = _scores_without_data(linears, config)
-    selection = select(scores, config, base)
-    _install(base, cast(Any, model).peft_config, adapter_name, config, selection)
+            scores = _measured(base, config, name, batches, workspace_mb, labels, loss_fn, progress)
+    selection = select(_checked_scores(scores, base, config, name), config, base)
+    _install(base, cast(Any, model).peft_config, name, config, selection)
     _finish_head(head, probe)
-    if progress and rank == 0:
+    if progress and processes(accelerator)[0] == 0:
         print(selection.summary())
     return selection
+
+
+def _batches(base: nn.Module, data: Any, num_samples: int | None, batch_size: int, accelerator: Any) -> Batches:
+    if data is None:
+        raise ValueError(
+            "`data` must be a Dataset or DataLoader, got None: only `probe_head=False` with `scores`, or with "
+            '`importance="magnitude"` or `"random"`, needs none.'
+        )
+    rank, world = processes(accelerator)
+    return Batches(data, base, num_samples=num_samples, batch_size=batch_size, rank=rank, world=world)
+
+
+def _measured(
+    base: nn.Module,
+    config: TRPTSConfig,
+    adapter_name: str,
+    batches: Batches | None,
+    workspace_mb: float,
+    labels: str,
+    loss_fn: LossFn | None,
+    progress: bool,
+) -> FisherScores:
+    assert batches is not None
+    linears = targeted_linears(base, config, adapter_name)
+    collector = FisherCollector(linears, config.importance, workspace_mb)
+    return measure(base, batches, collector, labels=labels, loss_fn=loss_fn, progress=progress)
+
+
+def _checked_scores(
+    scores: FisherScores | None, base: nn.Module, config: TRPTSConfig, adapter_name: str
+) -> FisherScores:
+    linears = targeted_linears(base, config, adapter_name)
+    if scores is None:
+        return _scores_without_data(linears, config)
+    _check_given(scores, linears)
+    return scores
+
+
+def _fit_head(
+    base: nn.Module, adapter_name: str, batches: Batches | None, progress: bool
+) -> tuple[Head | None, LinearProbe | None]:
+    """The model's head, and a probe of it where there are batches to fit it on."""
+    if batches is not None:
+        head = find_head(base, adapter_name)
+        return head, _probe(base, batches, head, progress)
+    try:
+        return find_head(base, adapter_name), None
+    except ValueError:
+        return None, None
 
 
 def _find_adapter(model: nn.Module, adapter_name: str | None) -> tuple[nn.Module, str, TRPTSConfig]:
@@ -142,13 +166,6 @@ def _check_calibratable(base: nn.Module, config: TRPTSConfig, adapter_name: str,
         check_no_fixed_selection(base)
 
 
-def _head_or_none(base: nn.Module, adapter_name: str) -> Head | None:
-    try:
-        return find_head(base, adapter_name)
-    except ValueError:
-        return None
-
-
 def _check_given(scores: FisherScores, linears: Mapping[str, nn.Linear]) -> None:
     if set(scores) != set(linears):
         difference = sorted(set(scores) ^ set(linears))
@@ -170,6 +187,10 @@ def _probe(base: nn.Module, batches: Batches, head: Head, progress: bool) -> Lin
     """Fit the head on the frozen features of all processes' samples; every process gets the same one."""
     features, labels = collect_features(base, batches, head, progress)
     check_labels(labels, num_labels(head))
+    if not bool(features.isfinite().all()):
+        raise ValueError(
+            "`model` must have finite features, got others in front of its head: check weights and inputs."
+        )
     probe = fit_linear_probe(features, labels, num_labels(head))
     if batches.world > 1:
         for tensor in (probe.weight, probe.bias):

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .config import TRPTSConfig
 from .layer import TRPTSLinear
-from .vit import AdapterTokenSelection
+from .vit import AdapterTokenSelection, in_millionths
 
 __all__ = ["check_adapter", "check_state_dict", "pack_columns", "unpack_columns"]
 
@@ -120,15 +121,16 @@ def check_state_dict(
         _check_linear(name, layer, tensors, _own_tensors(layer, adapter_name))
         if config.connections is not None and not config.allow_other_base:
             _check_fingerprint(f"{name}.trpts_fingerprint", tensors["trpts_fingerprint"], layer)
+    _check_saved_modules(model, config, adapter_name, state_dict)
 
 
 def _check_token_layers(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
     marker = f".trpts_keep_ppm.{adapter_name}"
     stored = {key: int(value) for key, value in state_dict.items() if marker in key or key.endswith(".trpts_keep_ppm")}
     own = {
-        f"{name}{marker}": int(module.trpts_keep_ppm[adapter_name])
+        f"{name}{marker}": in_millionths(rate)
         for name, module in model.named_modules()
-        if isinstance(module, AdapterTokenSelection) and adapter_name in module.trpts_keep_ppm
+        if isinstance(module, AdapterTokenSelection) and (rate := module.keep_rates.get(adapter_name)) is not None
     }
     if {key.removeprefix("base_model.model."): value for key, value in stored.items()} != {
         key.removeprefix("base_model.model."): value for key, value in own.items()
@@ -141,16 +143,51 @@ def _read(rates: Mapping[str, int]) -> str:
     return ", ".join(named) or "none"
 
 
+def _check_saved_modules(
+    model: nn.Module, config: TRPTSConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
+) -> None:
+    """Modules trained whole, such as the head. Another base may have another head: PEFT decides about its shape."""
+    for key, own in saved_module_tensors(model, adapter_name).items():
+        if key not in state_dict:
+            continue
+        if state_dict[key].shape != own.shape and not config.allow_other_base:
+            remedy = "load a base model with this head, for example with `num_labels`"
+            _refuse(key, f"of shape {tuple(own.shape)}", tuple(state_dict[key].shape), remedy)
+        if state_dict[key].is_floating_point():
+            _check_values(key, state_dict[key])
+
+
+def saved_module_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """The adapter's `modules_to_save`, by their keys in the model's state dict."""
+    return {
+        f"{name}.modules_to_save.{adapter_name}.{key}": tensor
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
+        for key, tensor in module.modules_to_save[adapter_name].named_parameters()
+    }
+
+
 def check_adapter(model: nn.Module, config: TRPTSConfig, adapter_name: str) -> None:
-    """Check an adapter that a loader has put into the model without passing by `check_state_dict`.
+    """Check an adapter that a loader may have put into the model without passing by `check_state_dict`.
 
     Raises:
         ValueError: as `check_state_dict`, or only a part of the adapter was loaded.
     """
-    layers = list(adapted_linears(model, adapter_name))
-    tensors = [tensor for _, layer in layers for tensor in _own_tensors(layer, adapter_name).values()]
-    loaded = [getattr(tensor, "_is_hf_initialized", False) for tensor in tensors]  # set by transformers' loader
+    layers = [layer for _, layer in adapted_linears(model, adapter_name)]
+    parameters = [
+        part[adapter_name]
+        for layer in layers
+        for part in (layer.trpts_values, layer.trpts_bias)
+        if adapter_name in part
+    ]
+    parameters += saved_module_tensors(model, adapter_name).values()
+    # Set by transformers' loader; it stays on parameters as the model moves, on buffers it does not.
+    loaded = [getattr(parameter, "_is_hf_initialized", False) for parameter in parameters]
     if any(loaded) and not all(loaded):
-        missing = f"{len(loaded) - sum(loaded)} of {len(loaded)} tensors missing"
-        _refuse("tensors", "all in the file", missing, "the file does not fit its `adapter_config.json`")
+        missing = f"{len(loaded) - sum(loaded)} of {len(loaded)} missing"
+        _refuse("parameters", "all in the file", missing, "the file does not fit its `adapter_config.json`")
+    if not any(loaded):
+        for module in model.modules():
+            if isinstance(module, (TRPTSLinear, AdapterTokenSelection)) and config.connections is not None:
+                module.expect_no_file(adapter_name)
     check_state_dict(model, config, adapter_name, model.state_dict())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,10 @@ def _refuse(name: str, rule: str, value: object) -> None:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _all(values: object, rule: Callable[[Any], bool]) -> bool:
+    return isinstance(values, (list, tuple, set, frozenset)) and all(rule(value) for value in values)
 
 
 def _check_real(name: str, value: object, low: float, high: float) -> None:
@@ -130,6 +135,7 @@ class TRPTSConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = TRPTS
+        self._check_names()
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
@@ -163,6 +169,17 @@ class TRPTSConfig(PeftConfig):
         options: dict[str, Any] = super().to_dict()
         del options["allow_other_base"]
         return options
+
+    def _check_names(self) -> None:
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            value = getattr(self, name)
+            if not (value is None or isinstance(value, str) or _all(value, lambda v: isinstance(v, str))):
+                _refuse(name, "None, a string or a list of strings", value)
+        if not (self.modules_to_save is None or _all(self.modules_to_save, lambda v: isinstance(v, str))):
+            _refuse("modules_to_save", "None or a list of strings", self.modules_to_save)
+        layers = [self.layers_to_transform] if _is_int(self.layers_to_transform) else self.layers_to_transform
+        if not (layers is None or _all(layers, lambda v: _is_int(v) and v >= 0)):
+            _refuse("layers_to_transform", "None, a block index or a list of them, none below 0", layers)
 
     def _check_layer_patterns(self) -> None:
         # The same two rules, in the same words, as PEFT's own configs.

@@ -23,6 +23,7 @@ __all__ = [
     "geometry_of",
     "macs",
     "patch_grid",
+    "patch_size_of",
     "predicted_speedup",
     "tokens_per_block",
 ]
@@ -122,7 +123,7 @@ def geometry_of(model: nn.Module, image_size: ImageSize | None = None) -> Geomet
         )
     config = _config_of(base)
     rows, columns = patch_grid(base, image_size)
-    patch = _pair("patch_size", config.patch_size)
+    patch = patch_size_of(base)
     adapters = _adapter_parameters(base)
     heads = (p for p in _head_parameters(base) if id(p) not in adapters and p.ndim == 2)
     return Geometry(
@@ -136,10 +137,14 @@ def geometry_of(model: nn.Module, image_size: ImageSize | None = None) -> Geomet
     )
 
 
+def patch_size_of(model: nn.Module) -> tuple[int, int]:
+    """Height and width of a patch of a supported ViT, in pixels."""
+    return _pair("patch_size", _config_of(_base_of(model)).patch_size)
+
+
 def patch_grid(model: nn.Module, image_size: ImageSize | None = None) -> tuple[int, int]:
     """Rows and columns of the patches that a supported ViT cuts an image into; arguments as for `geometry_of`."""
-    config = _config_of(_base_of(model))
-    patch = _pair("patch_size", config.patch_size)
+    config, patch = _config_of(_base_of(model)), patch_size_of(model)
     height, width = _pair("image_size", config.image_size if image_size is None else image_size)
     if height < patch[0] or width < patch[1]:
         raise ValueError(

@@ -57,15 +57,22 @@ class Batches:
                 raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
         self.main_input = getattr(model, "main_input_name", "pixel_values")
         parameters = inspect.signature(model.forward).parameters
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        if self.main_input not in parameters and not takes_any:
+            raise ValueError(
+                f"`model` must take `{self.main_input}`, got one that takes {list(parameters)}: set its "
+                "`main_input_name` to the name of its first input."
+            )
         self.accepted = {self.main_input, "labels", *parameters}
         self.device = next(model.parameters()).device
         self.num_samples, self.batch_size, self.rank, self.world = num_samples, batch_size, rank, world
-        self.loader = self._loader(data)
+        self.stream = isinstance(data, DataLoader) and (
+            isinstance(data.dataset, IterableDataset) or data.batch_sampler is None
+        )
+        self.loader: Iterable[Any] = data if self.stream else self._loader(data)
 
-    def _loader(self, data: Any) -> Iterable[Any]:
+    def _loader(self, data: Any) -> DataLoader[Any]:
         if isinstance(data, DataLoader):
-            if isinstance(data.dataset, IterableDataset) or data.batch_sampler is None:
-                return self._shared_batches(data)
             return self._sampled(data.dataset, _indices(data), data.collate_fn)
         if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, (str, Mapping)):
             return self._sampled(data, range(len(data)), default_data_collator)
@@ -97,10 +104,10 @@ class Batches:
     def _shared_batches(self, loader: Iterable[Any]) -> Iterator[Any]:
         left = self.num_samples
         for k, batch in enumerate(loader):
-            size = len(batch["labels"]) if isinstance(batch, Mapping) and "labels" in batch else None
-            if left is not None and size is not None:
+            if left is not None and isinstance(batch, Mapping):
                 if left <= 0:
                     return
+                size = max((len(value) for value in batch.values()), default=0)
                 batch = {key: value[:left] for key, value in batch.items()}
                 left -= size
             if k % self.world == self.rank:
@@ -118,7 +125,8 @@ class Batches:
 
     def iterate(self, description: str, progress: bool) -> Iterator[Batch]:
         """The batches as dicts of tensors on the model's device, with `labels` (B,) and what the model takes."""
-        bar = tqdm(self.loader, desc=description, disable=not progress or self.rank != 0, leave=False)
+        loader = self._shared_batches(self.loader) if self.stream else self.loader
+        bar = tqdm(loader, desc=description, disable=not progress or self.rank != 0, leave=False)
         for batch in bar:
             if not isinstance(batch, Mapping):
                 raise ValueError(f"`data` must yield dicts, got batches of {type(batch).__name__}.")

@@ -69,6 +69,8 @@ class FisherScores(Mapping[str, Tensor]):
 
 def per_sample_cross_entropy(outputs: Any, labels: Tensor) -> Tensor:
     """Cross-entropy of each sample, (B,), from a model's output with `logits` (B, num_labels)."""
+    if getattr(outputs, "logits", None) is None:
+        raise ValueError(f"`model` must return outputs with `logits`, got {type(outputs).__name__}: pass a `loss_fn`.")
     return F.cross_entropy(outputs.logits.float(), labels, reduction="none")
 
 

@@ -127,6 +127,20 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         super().delete_adapter(adapter_name)
         self.fresh.discard(adapter_name)
 
+    def expect_file(self, adapter_name: str) -> None:
+        """Put values that no file holds where a loader has to put the file's: what it leaves out is noticed."""
+        self.trpts_columns[adapter_name] = torch.full_like(self.trpts_columns[adapter_name], -1)
+        self.trpts_fingerprint[adapter_name] = torch.full_like(self.trpts_fingerprint[adapter_name], float("nan"))
+
+    def expect_no_file(self, adapter_name: str) -> None:
+        """Take `expect_file` back, unless it was answered: the adapter starts from the largest weights."""
+        if int(self.trpts_columns[adapter_name].min()) >= 0:
+            return
+        count = self.trpts_columns[adapter_name].shape[1]
+        self.trpts_columns[adapter_name] = self.magnitude_columns(count)
+        self.trpts_fingerprint[adapter_name] = self.base_fingerprint()
+        self.refresh(adapter_name)
+
     def is_trained(self, adapter_name: str) -> bool:
         """Whether the adapter changes the layer, as far as a zero start tells."""
         parts = [part[adapter_name] for part in (self.trpts_values, self.trpts_bias) if adapter_name in part]
@@ -234,28 +248,30 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         Raises:
             ValueError: `safe_merge` found an entry that is not finite.
         """
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.trpts_values:
-                continue
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.trpts_values]
+        if safe_merge:
+            self.check_merge(names)
+        for name in names:
             weight, columns = self.base_layer.weight.data, self.trpts_columns[name]
             original = weight.gather(1, columns)
-            merged = original + self.trpts_values[name].data.to(weight.dtype)
-            bias = self._merged_bias(name)
-            if safe_merge and not (merged.isfinite().all() and (bias is None or bias.isfinite().all())):
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             self.trpts_originals[name] = original
-            weight.scatter_(1, columns, merged)
-            if bias is not None:
-                self.trpts_original_bias[name] = self.base_layer.bias.data.clone()
-                self.base_layer.bias.data.copy_(bias)
+            weight.scatter_(1, columns, original + self.trpts_values[name].data.to(weight.dtype))
+            if name in self.trpts_bias:
+                bias = self.base_layer.bias.data
+                self.trpts_original_bias[name] = bias.clone()
+                bias.add_(self.trpts_bias[name].data.to(bias.dtype))
             self.merged_adapters.append(name)
 
-    def _merged_bias(self, name: str) -> Tensor | None:
-        if name not in self.trpts_bias:
-            return None
-        bias = self.base_layer.bias.data
-        merged: Tensor = bias + self.trpts_bias[name].data.to(bias.dtype)
-        return merged
+    def check_merge(self, adapter_names: list[str]) -> None:
+        """Refuse to merge adapters that would leave entries that are not finite; those given are all or none merged."""
+        weight, bias = self.base_layer.weight.data, self.base_layer.bias
+        for name in [name for name in adapter_names if name in self.trpts_values]:
+            merged = weight.gather(1, self.trpts_columns[name]) + self.trpts_values[name].data.to(weight.dtype)
+            finite = bool(merged.isfinite().all())
+            if name in self.trpts_bias:
+                finite = finite and bool((bias.data + self.trpts_bias[name].data.to(bias.dtype)).isfinite().all())
+            if not finite:
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
 
     def unmerge(self) -> None:
         """Put back the entries that `merge` has overwritten, last merged first: exact to the bit."""

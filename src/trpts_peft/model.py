@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter, set_adapter
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -54,6 +53,12 @@ class TRPTSModel(BaseTuner):
         if isinstance(peft_config, TRPTSConfig):
             # Injected without a PeftModel, perhaps by transformers' `load_adapter`, which calls none of our hooks.
             model.register_forward_pre_hook(_LoadCheck(adapter_name, self.trainable_before))
+            if peft_config.connections is not None:
+                for module in model.modules():
+                    if isinstance(module, AdapterTokenSelection) or (
+                        isinstance(module, TRPTSLinear) and adapter_name in module.trpts_columns
+                    ):
+                        module.expect_file(adapter_name)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Refuse a config that does not fit the model before anything is changed."""
@@ -75,7 +80,7 @@ class TRPTSModel(BaseTuner):
         install_keep_rates(model, adapter_name, dict.fromkeys(config.fixed_token_layers, config.keep_rate))
         if config.connections is None:
             logger.warning(
-                "TR-PTS adapter '%s' is not calibrated: each neuron trains its %d input(s) of largest weight until "
+                "TR-PTS adapter '%s' is not calibrated yet: each neuron trains its %d input(s) of largest weight until "
                 "`trpts_peft.calibrate(model, train_dataset)` chooses them for the task.",
                 adapter_name,
                 config.initial_connections,
@@ -156,8 +161,15 @@ class TRPTSModel(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write the updates of the active (or the named) adapters into the base weights; `unmerge_adapter` is exact."""
-        self._check_alike(adapter_names or self.active_adapters)
+        self._check_merge(adapter_names or self.active_adapters, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _check_merge(self, adapter_names: list[str], safe_merge: bool) -> None:
+        """Refuse before any layer is merged: a model merged by half is of no use."""
+        self._check_alike(adapter_names)
+        for module in self.model.modules():
+            if safe_merge and isinstance(module, TRPTSLinear):
+                module.check_merge([name for name in adapter_names if name not in module.merged_adapters])
 
     def _check_alike(self, adapter_names: list[str]) -> None:
         for selection in _selections(self.model):
@@ -195,7 +207,7 @@ class TRPTSModel(BaseTuner):
                 leaves the rates in `config.trpts_keep_rates`, for `apply_token_selection` after `from_pretrained`.
         """
         names = adapter_names or self.active_adapters
-        self._check_alike(names)
+        self._check_merge(names, safe_merge)
         enabled = any(selection.enabled for selection in _selections(self.model))
         rates = {
             index: rate
@@ -213,9 +225,13 @@ class TRPTSModel(BaseTuner):
         return model
 
     def unload(self) -> nn.Module:
-        """Return the base model as it was before any adapter."""
+        """Return the base model as it was before any adapter, its own head and what was trainable included."""
+        if any(module.merged for module in self.model.modules() if isinstance(module, TRPTSLinear)):
+            self.unmerge_adapter()  # type: ignore[no-untyped-call]
+        _restore_modules(self.model)
         model: nn.Module = super().unload()
         remove_token_selection(model)
+        _restore_trainable(model, self.trainable_before)
         return model
 
     # ---- files ----
@@ -275,6 +291,11 @@ def _check_target(config: TRPTSConfig, name: str, module: nn.Module) -> None:
             f"`target_modules` must name nn.Linear modules, got {name} of type {type(module).__name__}, "
             "which is not supported: leave it out, or list it in `exclude_modules`."
         )
+    if not module.weight.is_floating_point() or module.weight.shape != (module.out_features, module.in_features):
+        raise TypeError(
+            f"`target_modules` must name linears with plain weights, got {name} of type {type(module).__name__} with "
+            f"{module.weight.dtype} {tuple(module.weight.shape)}, which is not supported: load the model unquantized."
+        )
     if config.connections is None:
         return
     count = config.connections.get(name)
@@ -310,18 +331,24 @@ class _LoadCheck:
         except ValueError:
             _withdraw(model, self.adapter_name)
             raise
-        finally:
-            for key, hook in list(model._forward_pre_hooks.items()):
-                if hook is self:
-                    del model._forward_pre_hooks[key]
+        for key, hook in list(model._forward_pre_hooks.items()):
+            if hook is self:
+                del model._forward_pre_hooks[key]
         for _, layer in adapted_linears(model, self.adapter_name):
             layer.refresh(self.adapter_name)
             layer.fresh.discard(self.adapter_name)
 
 
 def _is_fresh(model: nn.Module, adapter_name: str) -> bool:
-    """Whether the adapter was only just injected, to receive a file, and holds nothing that was trained."""
-    starts_at_zero = cast(Any, model).peft_config[adapter_name].init_weights
+    """Whether the adapter was only just injected, to receive a file, and holds nothing that was trained.
+
+    Its config tells: it has results, serves inference, or carries what `save_pretrained` adds. Another one was made by
+    the user, and stays for another try.
+    """
+    config = cast(Any, model).peft_config[adapter_name]
+    if config.connections is None and not config.inference_mode and config.auto_mapping is None:
+        return False
+    starts_at_zero = config.init_weights
     layers = [layer for _, layer in adapted_linears(model, adapter_name)]
     return all(adapter_name in layer.fresh for layer in layers) and not (
         starts_at_zero and any(layer.is_trained(adapter_name) for layer in layers)
@@ -339,29 +366,41 @@ def _withdraw(model: nn.Module, adapter_name: str) -> None:
     """Take out an adapter whose file was refused; with the last one, all that PEFT has put into the base model."""
     trainable = _trainable_before(model)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the warning that another adapter is active now says nothing here
-        delete_adapter(base, adapter_name, PREFIX, TRPTSLayer)
     configs = cast(dict[str, Any], cast(Any, base).peft_config)
+    others = [name for name in configs if name != adapter_name]
+    if others and any(adapter_name in layer.active_adapters for _, layer in adapted_linears(base, adapter_name)):
+        set_adapter(base, others[0], inference_mode=configs[others[0]].inference_mode, layer_cls=TRPTSLayer)
+    delete_adapter(base, adapter_name, PREFIX, TRPTSLayer)
     configs.pop(adapter_name, None)
     drop_idle_selections(base)
-    if not configs:
+    for key, hook in list(base._forward_pre_hooks.items()):
+        if isinstance(hook, _LoadCheck) and (not others or hook.adapter_name == adapter_name):
+            del base._forward_pre_hooks[key]
+    if not others:
         _strip(base, trainable)
 
 
 def _strip(base: nn.Module, trainable: frozenset[str]) -> None:
     """Undo an injection: original modules in their places, trainable what was trainable."""
     for name, module in list(base.named_modules()):
-        original: Any = None
         if isinstance(module, TRPTSLinear):
-            original = module.base_layer
-        elif isinstance(module, ModulesToSaveWrapper):
-            original = module.original_module
-        if original is not None:
             parent, _, child = name.rpartition(".")
-            setattr(base.get_submodule(parent), child, original)
+            setattr(base.get_submodule(parent), child, module.base_layer)
+    _restore_modules(base)
     del cast(Any, base).peft_config
     if hasattr(base, "_hf_peft_config_loaded"):
         cast(Any, base)._hf_peft_config_loaded = False
+    _restore_trainable(base, trainable)
+
+
+def _restore_modules(base: nn.Module) -> None:
+    """Put the original modules in the places of what `modules_to_save` trains."""
+    for name, module in list(base.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            parent, _, child = name.rpartition(".")
+            setattr(base.get_submodule(parent), child, module.original_module)
+
+
+def _restore_trainable(base: nn.Module, trainable: frozenset[str]) -> None:
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(name in trainable)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .cost import patch_grid
+from .cost import patch_grid, patch_size_of
 from .layer import TRPTSLinear
 from .record import TokenRecord, record_tokens
 from .selection import Selection
@@ -49,7 +49,7 @@ def plot_layer_importance(source: Selection | Mapping[str, Selection], *, ax: Ax
         ValueError: `source` is empty.
         ImportError: matplotlib is not installed.
     """
-    selections = {"": source} if isinstance(source, Selection) else _labelled(source, at_least=1)
+    selections = {"": source} if isinstance(source, Selection) else _labelled(source, "source", "a Selection", 1)
     units = sorted({unit for selection in selections.values() for unit in selection.importance}, key=_natural)
     ax = _unit_axes(ax, units, len(selections))
     width, marked = 0.8 / len(selections), False
@@ -153,7 +153,7 @@ def plot_tokens(
             "selection (`set_token_selection(model, True)`), with a `keep_rate` below 1."
         )
     grid = patch_grid(model, (pixels.shape[2], pixels.shape[3]))
-    shown = _displayable(pixels, processor)
+    patch, shown = patch_size_of(model), _displayable(pixels, processor)
     blocks = sorted(record)
     figure = _new_figure((1.75 * (len(blocks) + 1), 1.95 * len(shown) + 0.5))
     axes = figure.subplots(len(shown), len(blocks) + 1, squeeze=False)
@@ -161,7 +161,7 @@ def plot_tokens(
         _show(axes[row, 0], image, f"{grid[0] * grid[1]} patches")
         for column, block in enumerate(blocks, start=1):
             kept = record[block].kept[row]
-            _show(axes[row, column], _faded(image, kept, grid), f"{len(kept)} kept")
+            _show(axes[row, column], _faded(image, kept, grid, patch), f"{len(kept)} kept")
     for column, title in enumerate(["image", *(f"block {block}" for block in blocks)]):
         axes[0, column].set_title(title, fontsize=11)
     figure.suptitle("Patches kept as tokens (merged ones are gray)", fontsize=12)
@@ -229,12 +229,11 @@ def _displayable(pixels: Tensor, processor: Any) -> Tensor:
     return pixels.clamp(0, 1).permute(0, 2, 3, 1)
 
 
-def _faded(image: Tensor, kept: Tensor, grid: tuple[int, int]) -> Tensor:
+def _faded(image: Tensor, kept: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
     """The image (H, W, 3) with all patches but the kept ones mostly gray."""
     alive = torch.zeros(grid[0] * grid[1], dtype=torch.bool)
     alive[kept] = True
-    height, width = image.shape[0] // grid[0], image.shape[1] // grid[1]
-    mask = alive.view(grid).repeat_interleave(height, 0).repeat_interleave(width, 1)
+    mask = alive.view(grid).repeat_interleave(patch[0], 0).repeat_interleave(patch[1], 1)
     result = image.clone()
     covered = result[: mask.shape[0], : mask.shape[1]]  # a patch convolution drops what does not fill a patch
     gray = 0.15 * covered.mean(2, keepdim=True) + 0.85 * _GRAY
@@ -314,7 +313,7 @@ def plot_overlap(sources: Mapping[str, Selection] | nn.Module, *, ax: Axes | Non
 
 
 def _selection_columns(sources: Mapping[str, Selection]) -> dict[str, dict[str, Tensor]]:
-    return {label: selection.columns for label, selection in _labelled(sources, at_least=2).items()}
+    return {label: selection.columns for label, selection in _labelled(sources, "sources", "a model", 2).items()}
 
 
 def _adapter_columns(model: nn.Module) -> dict[str, dict[str, Tensor]]:
@@ -335,15 +334,18 @@ def _adapter_columns(model: nn.Module) -> dict[str, dict[str, Tensor]]:
 # ---- shared ----
 
 
-def _labelled(sources: object, *, at_least: int) -> Mapping[str, Selection]:
+def _labelled(sources: object, argument: str, alternative: str, at_least: int) -> dict[str, Selection]:
     """`sources` as the mapping it should be."""
     if not isinstance(sources, Mapping) or not all(isinstance(value, Selection) for value in sources.values()):
         raise TypeError(
-            f"`source` must hold Selections, as in {{label: Selection}}, got {type(sources).__name__}. Pass what "
+            f"`{argument}` must be {alternative} or {{label: Selection}}, got {type(sources).__name__}. Pass what "
             "`calibrate` or `select` returns."
         )
     if len(sources) < at_least:
-        raise ValueError(f"`sources` must hold at least {at_least} Selections, got {len(sources)}.")
+        raise ValueError(
+            f"`{argument}` must hold at least {at_least} labelled Selection(s), got {len(sources)}. Pass what "
+            "`calibrate` or `select` returns."
+        )
     return {str(label): selection for label, selection in sources.items()}
 
 

@@ -197,7 +197,7 @@ def _choose_token_layers(
         return tuple(sorted(config.token_layers))
     if config.token_layers == 0 or find_family(model) is None:
         return ()
-    check_token_layers(model, [])
+    check_token_layers(model, [], received=config.token_layers)
     candidates = _rank_blocks(scores, connections, shapes, config, model)
     if config.token_layers > len(candidates):
         raise ValueError(

@@ -36,6 +36,11 @@ _CHILD = "token_selection"
 _CONFIG_KEY = "trpts_keep_rates"
 
 
+def in_millionths(rate: float) -> int:
+    """A keep rate as the file holds it."""
+    return round(rate * 1_000_000)
+
+
 class TokenSelection(nn.Module):
     """The token selection of one block at a fixed rate; forward hooks on it see all that it does."""
 
@@ -54,6 +59,11 @@ class TokenSelection(nn.Module):
     def _below_one(rate: float | None) -> float | None:
         return rate if rate is not None and rate < 1 else None
 
+    @property
+    def selects(self) -> bool:
+        """Whether the block needs a class that selects tokens."""
+        return True
+
     def forward(self, hidden_states: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
         """`functional.select_and_merge` at the rate in force."""
         rate = self.keep_rate
@@ -66,8 +76,9 @@ class AdapterTokenSelection(TokenSelection, TRPTSLayer):
     adapter_layer_names: tuple[str, ...] = ()
     other_param_names: tuple[str, ...] = ("keep_rates", "trpts_keep_ppm")
 
-    def __init__(self, num_prefix_tokens: int) -> None:
+    def __init__(self, num_prefix_tokens: int, blocks: tuple[nn.Module, ...] = ()) -> None:
         super().__init__(num_prefix_tokens)
+        self._blocks = blocks  # of the model, to restore their classes; a tuple, so that they are no child modules
         self.keep_rates: dict[str, float | None] = {}  # of every adapter; None for one that selects nothing here
         # The rate in millionths, for the file: an adapter can be told from one with other token layers.
         self.trpts_keep_ppm = BufferDict(persistent=True)
@@ -111,9 +122,18 @@ class AdapterTokenSelection(TokenSelection, TRPTSLayer):
         """Set the rate of an adapter here; None if it selects nothing in this block."""
         self.keep_rates[adapter_name] = rate
         if rate is not None:
-            self.trpts_keep_ppm[adapter_name] = torch.tensor(round(rate * 1_000_000))
+            self.trpts_keep_ppm[adapter_name] = torch.tensor(in_millionths(rate))
         elif adapter_name in self.trpts_keep_ppm:
             del self.trpts_keep_ppm[adapter_name]
+
+    def expect_file(self, adapter_name: str) -> None:
+        """Put a value that no file holds where a loader has to put the file's."""
+        if adapter_name in self.trpts_keep_ppm:
+            self.trpts_keep_ppm[adapter_name] = torch.tensor(-1)
+
+    def expect_no_file(self, adapter_name: str) -> None:
+        """Take `expect_file` back."""
+        self.set_rate(adapter_name, self.keep_rates.get(adapter_name))
 
     def follow(self, layer: TRPTSLayer) -> None:
         """Take over from another layer which adapter is active, disabled, merged."""
@@ -126,6 +146,16 @@ class AdapterTokenSelection(TokenSelection, TRPTSLayer):
         super().enable_adapters(enabled)
         if not enabled:
             self.merged_adapters = []  # a disabled linear unmerges at its next forward
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget the adapter; blocks in which no other one selects tokens get their stock classes back."""
+        super().delete_adapter(adapter_name)
+        _refresh_classes(self._blocks)
+
+    @property
+    def selects(self) -> bool:
+        """Whether some adapter, active or not, selects tokens here."""
+        return any(rate is not None for rate in self.keep_rates.values())
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Nothing to write: only remember whose rate is in force."""
@@ -250,7 +280,9 @@ def keep_rates_in_force(model: nn.Module) -> dict[int, float]:
     return {index: rate for index, rate in rates.items() if rate is not None}
 
 
-def check_token_layers(model: nn.Module, indices: list[int], argument: str = "token_layers") -> None:
+def check_token_layers(
+    model: nn.Module, indices: list[int], argument: str = "token_layers", received: object = None
+) -> None:
     """Refuse block indices that `model` cannot select tokens in.
 
     Raises:
@@ -266,22 +298,27 @@ def check_token_layers(model: nn.Module, indices: list[int], argument: str = "to
     for module in model.modules():
         if isinstance(module, family.refused):
             raise ValueError(
-                f"`{argument}` must be 0 for {type(module).__name__}, which predicts every patch, got {indices}."
+                f"`{argument}` must be 0 for {type(module).__name__}, which predicts every patch, got "
+                f"{indices if received is None else received}."
             )
     blocks = len(find_blocks(model))
     if any(index >= blocks for index in indices):
         raise ValueError(f"`{argument}` must be block indices below {blocks}, got {indices}.")
 
 
-def _refresh_classes(model: nn.Module) -> None:
+def _blocks_of(model: nn.Module) -> tuple[nn.Module, ...]:
+    return tuple(block for _, block in find_blocks(model))
+
+
+def _refresh_classes(blocks: tuple[nn.Module, ...]) -> None:
     """Give each block and its attention the class that the present token selections call for."""
-    family = find_family(model)
-    if family is None:
-        return
-    layer_class, attention_class = _SELECTING[family.model_type]
     behind = False
-    for _, block in find_blocks(model):
-        selects = getattr(block, _CHILD, None) is not None
+    for block in blocks:
+        family = find_family(block)
+        assert family is not None
+        layer_class, attention_class = _SELECTING[family.model_type]
+        selection = getattr(block, _CHILD, None)
+        selects = selection is not None and selection.selects
         behind = behind or selects
         block.__class__ = layer_class if behind else family.layer_class
         attention = cast(nn.Module, block.attention)
@@ -297,9 +334,11 @@ def _adapter_selections(model: nn.Module) -> Iterator[tuple[nn.Module, AdapterTo
 
 def _new_selection(model: nn.Module, num_prefix_tokens: int) -> AdapterTokenSelection:
     """A token selection that knows the adapters of the model, all with no rate, and which of them is in force."""
-    selection = AdapterTokenSelection(num_prefix_tokens)
+    selection = AdapterTokenSelection(num_prefix_tokens, _blocks_of(model))
     for module in model.modules():
-        if isinstance(module, TRPTSLayer) and not isinstance(module, AdapterTokenSelection):
+        if isinstance(module, AdapterTokenSelection):
+            selection.enabled = module.enabled
+        elif isinstance(module, TRPTSLayer):
             selection.follow(module)
             for name in module._all_available_adapter_names():
                 selection.keep_rates.setdefault(name, None)
@@ -329,16 +368,16 @@ def install_keep_rates(model: nn.Module, adapter_name: str, rates: Mapping[int, 
 def drop_idle_selections(model: nn.Module) -> None:
     """Restore the stock blocks where no adapter selects tokens any more."""
     for block, selection in list(_adapter_selections(model)):
-        if all(rate is None for rate in selection.keep_rates.values()):
+        if not selection.selects:
             delattr(block, _CHILD)
-    _refresh_classes(model)
+    _refresh_classes(_blocks_of(model))
 
 
 def remove_token_selection(model: nn.Module) -> None:
     """Restore the stock blocks of all adapters."""
     for block, _ in list(_adapter_selections(model)):
         delattr(block, _CHILD)
-    _refresh_classes(model)
+    _refresh_classes(_blocks_of(model))
 
 
 def check_no_fixed_selection(model: nn.Module) -> None:
@@ -399,7 +438,7 @@ def apply_token_selection(model: nn.Module, keep_rates: Mapping[int, float] | No
             delattr(block, _CHILD)
         if index in rates:
             setattr(block, _CHILD, TokenSelection(family.num_prefix_tokens, rates[index]))
-    _refresh_classes(model)
+    _refresh_classes(_blocks_of(model))
     _write_rates(config, rates)
 
 

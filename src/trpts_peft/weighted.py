@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -48,6 +49,9 @@ def sum_updates(
 def _check(tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
     if not adapters or len(adapters) != len(weights):
         raise ValueError(f"`weights` must be one number per adapter, got {len(weights)} for {len(adapters)} adapters.")
+    for weight in weights:
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise ValueError(f"`weights` must be finite numbers, got {weight!r}.")
     unknown = [name for name in adapters if name not in tuner.peft_config]
     if unknown:
         known = list(tuner.peft_config)

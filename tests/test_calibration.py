@@ -1,0 +1,511 @@
+"""`calibrate`: what it decides, what it writes, and that an error changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import BertConfig, BertForSequenceClassification
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from conftest import LabelledImages, build_images, build_vit
+from trpts_peft import FisherScores, Selection, TRPTSConfig, calibrate, estimate_fisher, select
+from trpts_peft.vit import keep_rates_in_force
+
+DATA = LabelledImages(13)
+QUIET: dict[str, Any] = {"progress": False}
+
+
+def adapter(base: nn.Module | None = None, **options: Any) -> PeftModel:
+    defaults: dict[str, Any] = {"modules_to_save": ["classifier"], "keep_rate": 0.5, "top_percent": 5}
+    return get_peft_model(base or build_vit(), TRPTSConfig(**{**defaults, **options}))
+
+
+def state_of(model: Any) -> dict[str, Any]:
+    configs = {name: copy.deepcopy(config.to_dict()) for name, config in model.peft_config.items()}
+    return {
+        "tensors": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "configs": configs,
+        "trainable": {name: p.requires_grad for name, p in model.named_parameters()},
+        "training": {name: m.training for name, m in model.named_modules()},
+        "classes": {name: type(m) for name, m in model.named_modules()},
+        "hooks": {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()},
+    }
+
+
+def assert_unchanged(before: dict[str, Any], model: Any) -> None:
+    after = state_of(model)
+    assert before["tensors"].keys() == after["tensors"].keys()
+    # Compared as bytes, since some of them are not a number.
+    changed = [n for n, t in before["tensors"].items() if t.numpy().tobytes() != after["tensors"][n].numpy().tobytes()]
+    assert changed == []
+    for key in before.keys() - {"tensors"}:
+        assert before[key] == after[key], key
+
+
+def assert_equal(one: Selection, other: Selection) -> None:
+    assert one.connections == other.connections
+    assert one.token_layers == other.token_layers
+    assert one.importance == other.importance
+    assert [name for name in one.columns if not torch.equal(one.columns[name], other.columns[name])] == []
+
+
+def naive_fisher(
+    model: nn.Module, names: list[str], data: Dataset[Any], *, mean_gradient: bool = False
+) -> dict[str, Tensor]:
+    """One sample, one backward pass at a time."""
+    model.requires_grad_(True)
+    weights = [model.get_submodule(name).weight for name in names]
+    total = [torch.zeros_like(weight) for weight in weights]
+    for sample in (data[i] for i in range(len(data))):
+        loss = F.cross_entropy(model(sample["pixel_values"][None]).logits, sample["labels"][None])
+        for sums, grad in zip(total, torch.autograd.grad(loss, weights), strict=True):
+            sums += grad if mean_gradient else grad.square()
+    return {name: (sums / len(data)).abs() for name, sums in zip(names, total, strict=True)}
+
+
+# ---- what it decides ----
+
+
+def test_selection_is_that_of_a_naive_fisher() -> None:
+    model = adapter()
+    selection = calibrate(model, DATA, **QUIET)
+    base = build_vit()
+    head = model.base_model.model.classifier.modules_to_save["default"]
+    base.classifier.load_state_dict(head.state_dict())
+    scores = naive_fisher(base, list(selection.columns), DATA)
+    measured = estimate_fisher(base, DATA, **QUIET)
+    for name, score in scores.items():
+        torch.testing.assert_close(measured[name], score, rtol=1e-4, atol=1e-4 * float(score.max()))
+    assert_equal(selection, select(measured, model.peft_config["default"], base))
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 32])
+@pytest.mark.parametrize("family", ["vit", "deit"])
+def test_selection_does_not_depend_on_batch_size(batch_size: int, family: str) -> None:
+    one, other = adapter(build_vit(family)), adapter(build_vit(family))
+    first = calibrate(one, DATA, batch_size=4, **QUIET)
+    assert_equal(first, calibrate(other, DATA, batch_size=batch_size, **QUIET))
+    heads = [model.base_model.model.classifier.modules_to_save["default"].weight for model in (one, other)]
+    torch.testing.assert_close(*heads, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        lambda: DataLoader(DATA, batch_size=5),
+        lambda: DataLoader(DATA, batch_size=3, shuffle=True),
+        lambda: DataLoader(DATA, batch_size=4, shuffle=True, drop_last=True),
+        lambda: [DATA[i] for i in range(13)],
+    ],
+    ids=["loader", "shuffled", "dropping the last", "list"],
+)
+def test_selection_does_not_depend_on_the_way_data_comes(loader: Any) -> None:
+    assert_equal(calibrate(adapter(), DATA, **QUIET), calibrate(adapter(), loader(), **QUIET))
+
+
+def test_workspace_does_not_change_the_selection() -> None:
+    assert_equal(calibrate(adapter(), DATA, **QUIET), calibrate(adapter(), DATA, workspace_mb=0.01, **QUIET))
+
+
+def test_selection_is_of_the_base_whatever_the_adapter_holds() -> None:
+    """Neither an update nor a token selection in force takes part in the measurement."""
+    model = adapter(token_layers=[0, 1], keep_rate=0.2)
+    for name, parameter in model.named_parameters():
+        if "trpts_" in name:
+            parameter.data.normal_()
+    selection = calibrate(model, DATA, overwrite=True, **QUIET)
+    assert_equal(selection, calibrate(adapter(token_layers=[0, 1], keep_rate=0.2), DATA, **QUIET))
+
+
+def test_num_samples_are_spread_over_the_data() -> None:
+    subset = [DATA[i] for i in (0, 2, 5, 7, 10)]
+    assert_equal(calibrate(adapter(), DATA, num_samples=5, **QUIET), calibrate(adapter(), subset, **QUIET))
+
+
+def test_gradient_importance_is_the_mean_gradient() -> None:
+    model = adapter(importance="gradient", min_connections=2, max_connections=2)
+    selection = calibrate(model, DATA, probe_head=False, **QUIET)
+    scores = naive_fisher(build_vit(), list(selection.columns), DATA, mean_gradient=True)
+    for name, score in scores.items():
+        assert torch.equal(selection.columns[name], score.topk(2, dim=1).indices.sort(dim=1).values)
+
+
+def test_magnitude_needs_no_data() -> None:
+    model = adapter(importance="magnitude", min_connections=2, max_connections=2)
+    selection = calibrate(model, None, probe_head=False, **QUIET)
+    for name, columns in selection.columns.items():
+        weight = build_vit().get_submodule(name).weight
+        assert torch.equal(columns, weight.abs().topk(2, dim=1).indices.sort(dim=1).values)
+
+
+def test_random_importance_follows_the_seed() -> None:
+    runs = [calibrate(adapter(importance="random", seed=s), None, probe_head=False, **QUIET) for s in (1, 1, 2)]
+    assert_equal(runs[0], runs[1])
+    assert any(not torch.equal(runs[0].columns[n], runs[2].columns[n]) for n in runs[0].columns)
+
+
+def test_given_scores_are_used() -> None:
+    model = adapter()
+    scores = FisherScores({n: torch.rand(s) for n, s in shapes_of(model).items()}, 1)
+    selection = calibrate(model, None, scores=scores, probe_head=False, **QUIET)
+    assert_equal(selection, select(scores, TRPTSConfig(keep_rate=0.5, top_percent=5), build_vit()))
+
+
+def shapes_of(model: PeftModel) -> dict[str, torch.Size]:
+    base = build_vit()
+    names = [n.removeprefix("base_model.model.") for n, m in model.named_modules() if hasattr(m, "trpts_values")]
+    return {name: base.get_submodule(name).weight.shape for name in names if name.startswith("vit")}
+
+
+def test_sampled_labels_are_the_same_each_time() -> None:
+    runs = [calibrate(adapter(), DATA, labels="model", **QUIET) for _ in range(2)]
+    assert_equal(*runs)
+
+
+def test_own_loss() -> None:
+    loss = lambda outputs, labels: F.cross_entropy(outputs.logits, labels, reduction="none")  # noqa: E731
+    assert_equal(calibrate(adapter(), DATA, loss_fn=loss, **QUIET), calibrate(adapter(), DATA, **QUIET))
+
+
+def test_without_probe_the_adapters_own_head_predicts() -> None:
+    model = adapter()
+    head = model.base_model.model.classifier.modules_to_save["default"]
+    head.weight.data.normal_()
+    base = build_vit()
+    base.classifier.load_state_dict(head.state_dict())
+    selection = calibrate(model, DATA, probe_head=False, **QUIET)
+    assert_equal(selection, calibrate(adapter(base), DATA, probe_head=False, **QUIET))
+
+
+# ---- what it writes ----
+
+
+def test_result_is_installed() -> None:
+    model = adapter(min_connections=2)
+    selection = calibrate(model, DATA, **QUIET)
+    config = model.peft_config["default"]
+    assert config.connections == selection.connections
+    assert config.selected_token_layers == list(selection.token_layers)
+    assert keep_rates_in_force(model.get_base_model()) == dict.fromkeys(selection.token_layers, 0.5)
+    for name, columns in selection.columns.items():
+        layer = model.get_base_model().get_submodule(name)
+        assert torch.equal(layer.trpts_columns["default"], columns)
+        assert not layer.trpts_values["default"].any()
+        assert layer.trpts_values["default"].requires_grad
+
+
+def test_the_base_is_never_written() -> None:
+    base = build_vit()
+    calibrate(adapter(base), DATA, **QUIET)
+    state = base.state_dict()
+    for name, tensor in build_vit().state_dict().items():
+        key = name.replace("classifier", "classifier.original_module")
+        for part in ("weight", "bias"):
+            own = key.replace(f".{part}", f".base_layer.{part}")
+            key = own if own in state else key
+        assert torch.equal(state[key], tensor), name
+
+
+def test_probe_is_written_to_the_adapters_head() -> None:
+    model = adapter()
+    calibrate(model, DATA, **QUIET)
+    head = model.base_model.model.classifier
+    assert not torch.equal(head.modules_to_save["default"].weight, head.original_module.weight)
+    with model.disable_adapter(), torch.no_grad():
+        features = model.base_model.model.vit(DATA.pixel_values).last_hidden_state[:, 0]
+    accuracy = (head.modules_to_save["default"](features).argmax(1) == DATA.labels).float().mean()
+    assert accuracy > 0.8
+
+
+def test_without_trainable_head_it_warns_and_restores() -> None:
+    model = adapter(modules_to_save=None)
+    base_head = copy.deepcopy(model.base_model.model.classifier.state_dict())
+    with pytest.warns(UserWarning, match="modules_to_save") as record:
+        selection = calibrate(model, DATA, **QUIET)
+    assert len(record) == 1
+    assert all(torch.equal(t, base_head[n]) for n, t in model.base_model.model.classifier.state_dict().items())
+    assert_equal(selection, calibrate(adapter(), DATA, **QUIET))
+
+
+def test_the_callers_config_holds_no_results() -> None:
+    config = TRPTSConfig(keep_rate=0.5)
+    model = get_peft_model(build_vit(), config)
+    calibrate(model, DATA, probe_head=False, **QUIET)
+    assert config.connections is None
+    assert config.selected_token_layers is None
+    assert model.peft_config["default"] is not config
+    assert model.get_base_model().peft_config["default"] is model.peft_config["default"]
+
+
+def test_flags_and_modes_are_restored() -> None:
+    model = adapter().train()
+    model.base_model.model.vit.layers[2].eval()
+    before = state_of(model)
+    calibrate(model, DATA, **QUIET)
+    after = state_of(model)
+    for key in ("trainable", "hooks", "training"):
+        same = {name: value for name, value in after[key].items() if "token_selection" not in name}
+        assert {name: before[key][name] for name in same} == same
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_summary_is_printed_only_with_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    selection = calibrate(adapter(), DATA, progress=True)
+    assert selection.summary() in capsys.readouterr().out
+    calibrate(adapter(), DATA, progress=False)
+    assert capsys.readouterr().out == ""
+
+
+def test_calibrated_model_trains() -> None:
+    model = adapter().train()
+    calibrate(model, DATA, **QUIET)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    before = model(**DATA.batch()).loss.item()
+    for _ in range(5):
+        loss = model(**DATA.batch()).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert model(**DATA.batch()).loss.item() < before
+
+
+def test_other_adapters_are_left_alone() -> None:
+    model = adapter(token_layers=0)
+    model.add_adapter("second", TRPTSConfig(token_layers=0, importance="random"))
+    before = {n: t.clone() for n, t in model.state_dict().items() if ".default" in n}
+    calibrate(model, None, adapter_name="second", probe_head=False, **QUIET)
+    after = model.state_dict()
+    assert [n for n, t in before.items() if not torch.equal(after[n], t)] == []
+    assert model.peft_config["default"].connections is None
+
+
+def test_inject_adapter_in_model() -> None:
+    base = build_vit()
+    inject_adapter_in_model(TRPTSConfig(keep_rate=0.5, top_percent=5, modules_to_save=["classifier"]), base)
+    selection = calibrate(base, DATA, **QUIET)
+    assert_equal(selection, calibrate(adapter(), DATA, **QUIET))
+    assert base.peft_config["default"].connections == selection.connections
+
+
+# ---- models outside the table ----
+
+
+class MLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
+        pooled = F.adaptive_avg_pool2d(pixel_values, 4)
+        return SequenceClassifierOutput(logits=self.head(torch.relu(self.body(pooled))))
+
+
+def test_mlp_selects_parameters_only() -> None:
+    config = TRPTSConfig(target_modules=["body.1", "body.3"], modules_to_save=["head"])
+    model = get_peft_model(MLP(), config)
+    selection = calibrate(model, DATA, **QUIET)
+    assert selection.token_layers == ()
+    assert set(selection.columns) == {"body.1", "body.3"}
+    assert "none" in selection.summary()
+
+
+def test_explicit_token_layers_outside_the_table_are_refused() -> None:
+    base = MLP()
+    with pytest.raises(ValueError, match="`token_layers`"):
+        get_peft_model(base, TRPTSConfig(target_modules=["body.1"], token_layers=[1]))
+    assert type(base.body[1]) is nn.Linear
+
+
+def test_bert_selects_parameters_only() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    base = BertForSequenceClassification(BertConfig(vocab_size=20, max_position_embeddings=8, num_labels=3, **sizes))
+    data = [{"input_ids": torch.randint(20, (6,)), "labels": i % 3} for i in range(7)]
+    config = TRPTSConfig(target_modules=["query", "value"], modules_to_save=["classifier"])
+    model = get_peft_model(base, config)
+    selection = calibrate(model, data, **QUIET)
+    assert len(selection.columns) == 4
+    assert selection.token_layers == ()
+
+
+# ---- errors change nothing ----
+
+
+def test_second_call_raises() -> None:
+    model = adapter()
+    calibrate(model, DATA, **QUIET)
+    before = state_of(model)
+    with pytest.raises(ValueError, match="`overwrite`"):
+        calibrate(model, DATA, **QUIET)
+    assert_unchanged(before, model)
+    calibrate(model, DATA, overwrite=True, **QUIET)
+
+
+def test_overwriting_starts_anew() -> None:
+    model = adapter(token_layers=1)
+    calibrate(model, DATA, **QUIET)
+    for name, parameter in model.named_parameters():
+        if "trpts_" in name:
+            parameter.data.normal_()
+    selection = calibrate(model, LabelledImages(20, seed=4), overwrite=True, **QUIET)
+    assert_equal(selection, calibrate(adapter(token_layers=1), LabelledImages(20, seed=4), **QUIET))
+    assert not any(m.is_trained("default") for m in model.modules() if hasattr(m, "is_trained"))
+
+
+def test_loaded_adapter_is_not_calibrated_again(tmp_path: Any) -> None:
+    model = get_peft_model(build_vit(), TRPTSConfig(keep_rate=0.5))
+    for name, parameter in model.named_parameters():
+        if "trpts_" in name:
+            parameter.data.normal_()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build_vit(), tmp_path, is_trainable=True)
+    before = state_of(loaded)
+    with pytest.raises(ValueError, match="`overwrite`"):
+        calibrate(loaded, DATA, probe_head=False, **QUIET)
+    assert_unchanged(before, loaded)
+
+
+def without(key: str) -> list[dict[str, Tensor]]:
+    return [{k: v for k, v in DATA[i].items() if k != key} for i in range(4)]
+
+
+REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "no samples": ([], {}, "at least one sample"),
+    "no samples in a loader": (DataLoader([], batch_size=2), {}, "at least one sample"),
+    "no pixel values": (without("pixel_values"), {}, "`pixel_values`"),
+    "no labels": (without("labels"), {}, "`labels`"),
+    "no pixel values, loader": (DataLoader(without("pixel_values")), {}, "`pixel_values`"),
+    "no labels, loader": (DataLoader(without("labels")), {}, "`labels`"),
+    "label above the head": (LabelledImages(5, num_labels=4), {}, "0 to 2"),
+    "label above the head, no probe": (LabelledImages(5, num_labels=4), {"probe_head": False}, "0 to 2"),
+    "label below zero": ([{**DATA[0], "labels": torch.tensor(-1)}], {}, "0 to 2"),
+    "no data": (None, {}, "`data`"),
+    "batch size": (DATA, {"batch_size": 0}, "`batch_size`"),
+    "num_samples": (DATA, {"num_samples": 0}, "`num_samples`"),
+    "labels": (DATA, {"labels": "mine"}, "`labels`"),
+    "adapter": (DATA, {"adapter_name": "other"}, "`adapter_name`"),
+    "scores": (DATA, {"scores": FisherScores({"x": torch.ones(1, 1)}, 1)}, "`scores`"),
+    "loss": (DATA, {"loss_fn": lambda outputs, labels: outputs.logits.mean()}, "`loss_fn`"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_data_and_arguments_change_nothing(case: str) -> None:
+    data, options, message = REFUSED[case]
+    model = adapter().train()
+    before = state_of(model)
+    with pytest.raises(ValueError, match=message):
+        calibrate(model, data, **options, **QUIET)
+    assert_unchanged(before, model)
+
+
+@pytest.mark.parametrize("data", [3, "flowers", {"pixel_values": 1}])
+def test_data_of_another_type(data: Any) -> None:
+    with pytest.raises(TypeError, match="`data`"):
+        calibrate(adapter(), data, **QUIET)
+
+
+def _zero_head(model: Any) -> None:
+    for parameter in model.base_model.model.classifier.parameters():
+        parameter.data.zero_()
+
+
+def _break_weight(model: Any) -> None:
+    model.base_model.model.vit.layers[1].mlp.fc1.base_layer.weight.data[2, 3] = float("nan")
+
+
+BROKEN: dict[str, tuple[Any, dict[str, Any], dict[str, Any], str]] = {
+    "head of zeros": (_zero_head, {}, {"probe_head": False}, "zero"),
+    "weights not finite": (_break_weight, {}, {}, "finite"),
+    "weights not finite, no probe": (_break_weight, {}, {"probe_head": False}, "finite"),
+    "weights not finite, magnitude": (_break_weight, {"importance": "magnitude"}, {}, "finite"),
+    "weights not finite, random": (_break_weight, {"importance": "random"}, {}, "finite"),
+    "too many token layers": (lambda model: None, {"token_layers": 5}, {}, "`token_layers`"),
+    "budget": (lambda model: None, {"budget": 0.9}, {}, "`budget`"),
+    "merged": (lambda model: model.merge_adapter(), {}, {}, "merged"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_models_are_left_as_they_were(case: str) -> None:
+    spoil, config, options, message = BROKEN[case]
+    model = adapter(**config)
+    spoil(model)
+    before = state_of(model)
+    with pytest.raises(ValueError, match=message):
+        calibrate(model, DATA, **options, **QUIET)
+    assert_unchanged(before, model)
+
+
+def test_no_targeted_linear() -> None:
+    base = build_vit()
+    with pytest.raises(ValueError, match="`target_modules`"):
+        estimate_fisher(base, DATA, target_modules=["nothing"], **QUIET)
+    with pytest.raises(ValueError, match="adapter"):
+        calibrate(base, DATA, **QUIET)
+
+
+def test_targeted_head_needs_no_probe() -> None:
+    config = TRPTSConfig(target_modules=["fc1", "classifier"], token_layers=1)
+    model = get_peft_model(build_vit(), config)
+    before = state_of(model)
+    with pytest.raises(ValueError, match="`probe_head`"):
+        calibrate(model, DATA, **QUIET)
+    assert_unchanged(before, model)
+    assert "classifier" in calibrate(model, DATA, probe_head=False, **QUIET).columns
+
+
+def test_fixed_rates_are_in_the_way() -> None:
+    from trpts_peft import apply_token_selection
+
+    base = build_vit()
+    apply_token_selection(base, {1: 0.5})
+    model = adapter(base)
+    before = state_of(model)
+    with pytest.raises(ValueError, match="apply_token_selection"):
+        calibrate(model, DATA, **QUIET)
+    assert_unchanged(before, model)
+
+
+# ---- estimate_fisher ----
+
+
+def test_fisher_of_a_peft_model_is_that_of_its_base() -> None:
+    model = adapter(token_layers=[1])
+    for name, parameter in model.named_parameters():
+        if "trpts_" in name:
+            parameter.data.normal_()
+    plain, own = estimate_fisher(build_vit(), DATA, **QUIET), estimate_fisher(model, DATA, **QUIET)
+    assert plain.keys() == own.keys()
+    assert [name for name in plain if not torch.allclose(plain[name], own[name], rtol=1e-5)] == []
+
+
+def test_fisher_leaves_a_plain_model_alone() -> None:
+    base = build_vit().train()
+    base.classifier.requires_grad_(False)
+    flags = {n: p.requires_grad for n, p in base.named_parameters()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        estimate_fisher(base, DATA, target_modules=["fc1"], **QUIET)
+    assert {n: p.requires_grad for n, p in base.named_parameters()} == flags
+    assert base.training
+    assert all(p.grad is None for p in base.parameters())
+    assert all(torch.equal(t, build_vit().state_dict()[n]) for n, t in base.state_dict().items())
+
+
+def test_fisher_of_a_reference_input() -> None:
+    """Images of one class only still count by their true label."""
+    data = [{"pixel_values": build_images(1)[0], "labels": 1}]
+    score = estimate_fisher(build_vit(), data, target_modules=["layers.3.mlp.fc2"], **QUIET)
+    naive = naive_fisher(
+        build_vit(), ["vit.layers.3.mlp.fc2"], [{"pixel_values": build_images(1)[0], "labels": torch.tensor(1)}]
+    )
+    torch.testing.assert_close(score["vit.layers.3.mlp.fc2"], naive["vit.layers.3.mlp.fc2"], rtol=1e-4, atol=1e-9)

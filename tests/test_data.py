@@ -1,0 +1,162 @@
+"""Which samples come, in which batches, to which process."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, Subset, SubsetRandomSampler
+
+from trpts_peft.data import Batches, processes
+
+
+class Model(nn.Module):
+    """All that `Batches` asks of a model: its main input, the arguments of its forward, its device."""
+
+    main_input_name = "pixel_values"
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, pixel_values, labels=None, interpolate_pos_encoding=False): ...
+
+
+def samples(count):
+    return [{"pixel_values": torch.full((2,), float(i)), "labels": i} for i in range(count)]
+
+
+class Stream(IterableDataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+def labels_of(data, batch_size=3, num_samples=None, **ranks):
+    batches = Batches(data, Model(), num_samples=num_samples, batch_size=batch_size, **ranks)
+    return [batch["labels"].tolist() for batch in batches.iterate("", False)]
+
+
+def test_every_sample_comes_once_and_in_order():
+    assert labels_of(samples(7)) == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+def test_batches_hold_what_the_model_takes():
+    rows = [{**row, "image": object(), "name": "a", "interpolate_pos_encoding": True} for row in samples(2)]
+    (batch,) = Batches(rows, Model(), num_samples=None, batch_size=4).iterate("", False)
+    assert set(batch) == {"pixel_values", "labels", "interpolate_pos_encoding"}
+    assert torch.equal(batch["pixel_values"], torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+
+
+@pytest.mark.parametrize("key", ["label", "label_ids"])
+def test_other_names_of_labels_are_known(key):
+    rows = [{"pixel_values": row["pixel_values"], key: torch.tensor(row["labels"])} for row in samples(4)]
+    assert labels_of(rows) == [[0, 1, 2], [3]]
+
+
+@pytest.mark.parametrize("count, chosen", [(1, [0]), (3, [0, 2, 4]), (7, list(range(7))), (99, list(range(7)))])
+def test_fewer_samples_are_spread_evenly(count, chosen):
+    assert list(chain(*labels_of(samples(7), num_samples=count))) == chosen
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_processes_share_the_same_batches(world):
+    shared = [labels_of(samples(11), rank=rank, world=world) for rank in range(world)]
+    alone = labels_of(samples(11))
+    assert sorted(chain(*shared)) == alone
+    assert all(shared[k % world][k // world] == batch for k, batch in enumerate(alone))
+
+
+def test_a_dataloader_stands_for_its_samples_not_for_their_order():
+    for options in ({"shuffle": True}, {"batch_size": 5}, {"shuffle": True, "drop_last": True, "batch_size": 4}):
+        assert labels_of(DataLoader(samples(7), **options)) == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+def test_a_dataloader_keeps_its_collate_function():
+    def collate(rows):
+        return {
+            "pixel_values": torch.stack([r["pixel_values"] for r in rows]),
+            "labels": torch.tensor([42] * len(rows)),
+        }
+
+    assert labels_of(DataLoader(samples(4), collate_fn=collate)) == [[42, 42, 42], [42]]
+
+
+def test_samplers_and_subsets_that_leave_samples_out_are_kept():
+    assert labels_of(DataLoader(samples(7), sampler=SubsetRandomSampler([6, 1, 3]))) == [[1, 3, 6]]
+    assert labels_of(DataLoader(Subset(samples(7), [6, 1, 3]))) == [[6, 1, 3]]
+
+
+@pytest.mark.parametrize("num_samples, expected", [(None, [[0, 1], [2, 3], [4]]), (3, [[0, 1], [2]]), (2, [[0, 1]])])
+def test_a_stream_keeps_its_own_batches(num_samples, expected):
+    assert labels_of(DataLoader(Stream(samples(5)), batch_size=2), num_samples=num_samples) == expected
+
+
+def test_a_stream_is_limited_whatever_its_labels_are_called():
+    rows = [{"pixel_values": row["pixel_values"], "label": row["labels"]} for row in samples(5)]
+    assert labels_of(DataLoader(Stream(rows), batch_size=2), num_samples=3) == [[0, 1], [2]]
+
+
+def test_a_stream_is_shared_out():
+    shared = [labels_of(DataLoader(Stream(samples(5)), batch_size=2), rank=rank, world=2) for rank in (0, 1)]
+    assert shared == [[[0, 1], [4]], [[2, 3]]]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_data_can_be_gone_over_twice(stream):
+    data = DataLoader(Stream(samples(5)), batch_size=2) if stream else samples(5)
+    batches = Batches(data, Model(), num_samples=None, batch_size=2)
+    passes = [[batch["labels"].tolist() for batch in batches.iterate("", False)] for _ in range(2)]
+    assert passes[0] == passes[1] == [[0, 1], [2, 3], [4]]
+
+
+@pytest.mark.parametrize("data", [[], DataLoader([])])
+def test_no_samples_are_refused(data):
+    with pytest.raises(ValueError, match="`data` must hold at least one sample, got none"):
+        labels_of(data)
+
+
+@pytest.mark.parametrize("missing", ["pixel_values", "labels"])
+@pytest.mark.parametrize("wrap", [list, DataLoader, lambda rows: DataLoader(Stream(rows))])
+def test_missing_columns_are_named(missing, wrap):
+    rows = [{key: value for key, value in row.items() if key != missing} for row in samples(2)]
+    with pytest.raises(ValueError, match=f"`data` must yield dicts with .* got one without `{missing}`"):
+        labels_of(wrap(rows))
+
+
+def test_samples_that_are_no_dicts_are_refused():
+    with pytest.raises(ValueError, match=r"`data` must yield dicts .* got tuple"):
+        labels_of([(torch.zeros(2), 1)])
+
+
+@pytest.mark.parametrize("data", [3, "train", {"train": samples(2)}, None, iter(samples(2)), Stream(samples(2))])
+def test_what_is_no_dataset_is_refused(data):
+    with pytest.raises(TypeError, match=f"`data` must be a Dataset .* got {type(data).__name__}"):
+        labels_of(data)
+
+
+def test_a_batch_sampler_of_ones_own_is_refused():
+    class Sampler:
+        def __iter__(self):
+            return iter(BatchSampler(SequentialSampler(range(4)), 2, False))
+
+    with pytest.raises(ValueError, match=r"`data` must .* sampler.*: pass its data set"):
+        labels_of(DataLoader(samples(4), batch_sampler=Sampler()))
+
+
+@pytest.mark.parametrize("name", ["batch_size", "num_samples"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "3"])
+def test_counts_are_checked(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be a whole number of at least 1, got {value!r}"):
+        labels_of(samples(2), **{name: value})
+
+
+def test_alone_there_is_one_process(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert processes(None) == (0, 1)
+    assert processes(Accelerator(cpu=True)) == (0, 1)

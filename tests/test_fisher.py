@@ -1,0 +1,260 @@
+"""The scores of a small ViT against one backward pass per image."""
+
+from __future__ import annotations
+
+import copy
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import get_peft_model
+from safetensors.torch import save_file
+from torch import nn
+
+from trpts_peft import FisherScores, TRPTSConfig, estimate_fisher
+from trpts_peft.fisher import FisherCollector, per_sample_cross_entropy
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
+
+
+def linears_of(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.split(".")[-1] in TARGETS}
+
+
+def gradients_one_by_one(model, data):
+    """For each image, {linear: ∂L/∂W} by plain autograd."""
+    linears = linears_of(model)
+    weights = [linear.weight for linear in linears.values()]
+    for sample in data:
+        loss = F.cross_entropy(model(sample["pixel_values"][None]).logits, sample["labels"][None])
+        yield dict(zip(linears, torch.autograd.grad(loss, weights), strict=True))
+
+
+def naive_fisher(model, data, square=True):
+    total = {name: torch.zeros_like(linear.weight) for name, linear in linears_of(model).items()}
+    for gradients in gradients_one_by_one(model, data):
+        for name, gradient in gradients.items():
+            total[name] += gradient**2 if square else gradient
+    return {name: (t / len(data)).abs().detach() for name, t in total.items()}
+
+
+def assert_scores(scores, expected, rtol=1e-4):
+    assert set(scores) == set(expected)
+    for name, score in scores.items():
+        assert score.dtype == torch.float32
+        torch.testing.assert_close(score, expected[name], rtol=rtol, atol=1e-5 * float(expected[name].max()))
+        assert (score - expected[name]).norm() <= rtol * expected[name].norm()
+
+
+def estimate(model, data, **options):
+    return estimate_fisher(model, data, **{"batch_size": 4, "progress": False, **options})
+
+
+# ---- the measurement ----
+
+
+@pytest.mark.parametrize("family", ["vit", "deit"])
+def test_fisher_equals_a_batch_of_one_loop(tiny_vit, labelled_images, family):
+    model, data = tiny_vit(family), labelled_images(7)
+    assert_scores(estimate(model, data), naive_fisher(model, data))
+
+
+def test_the_collector_equals_a_batch_of_one_loop(tiny_vit, labelled_images):
+    model, data = tiny_vit(), labelled_images(5)
+    collector = FisherCollector(linears_of(model), "fisher", 256)
+    with collector.collecting(model):
+        batch = data.batch()
+        collector.add(per_sample_cross_entropy(model(batch["pixel_values"]), batch["labels"]))
+    assert collector.num_samples == 5
+    assert_scores(collector.result(collector.sums, 5), naive_fisher(model, data))
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 1}, {"batch_size": 7}, {"workspace_mb": 1e-3}])
+def test_scores_do_not_depend_on_batches_or_workspace(tiny_vit, labelled_images, options):
+    model, data = tiny_vit(), labelled_images(7)
+    assert_scores(estimate(model, data, **options), dict(estimate(model, data)), rtol=1e-5)
+
+
+def test_gradient_scores_are_the_size_of_the_mean_gradient(tiny_vit, labelled_images):
+    model, data = tiny_vit(), labelled_images(6)
+    assert_scores(estimate(model, data, score="gradient"), naive_fisher(model, data, square=False))
+
+
+def test_a_loss_of_ones_own_is_used(tiny_vit, labelled_images):
+    model, data = tiny_vit(), labelled_images(4)
+    doubled = estimate(model, data, loss_fn=lambda out, y: 2 * F.cross_entropy(out.logits, y, reduction="none"))
+    assert_scores(doubled, {name: 4 * score for name, score in naive_fisher(model, data).items()})
+
+
+def test_labels_may_be_drawn_from_the_prediction(tiny_vit, labelled_images):
+    model, data = tiny_vit(), labelled_images(6)
+    first, second = (estimate(model, data, labels="model") for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    true = estimate(model, data)
+    assert not all(torch.allclose(first[name], true[name]) for name in first)
+
+
+def test_a_share_of_the_samples_is_spread_over_the_data(tiny_vit, labelled_images):
+    model, data = tiny_vit(), labelled_images(9)
+    scores = estimate(model, data, num_samples=3)
+    assert scores.num_samples == 3
+    assert_scores(scores, naive_fisher(model, [data[i] for i in (0, 3, 6)]))
+
+
+def test_targets_may_be_named(tiny_vit, labelled_images):
+    model, data = tiny_vit(), labelled_images(3)
+    scores = estimate(model, data, target_modules=["fc1"])
+    assert list(scores) == [f"vit.layers.{b}.mlp.fc1" for b in range(4)]
+    expected = naive_fisher(model, data)
+    assert_scores(scores, {name: expected[name] for name in scores})
+
+
+def test_an_adapter_has_no_part_in_the_scores(tiny_vit, labelled_images):
+    model, data = tiny_vit(), labelled_images(5)
+    expected = naive_fisher(copy.deepcopy(model), data)
+    adapted = get_peft_model(model, TRPTSConfig(init_weights=False, token_layers=[1, 2], keep_rate=0.5))
+    assert_scores(estimate(adapted, data), expected)
+
+
+def test_dropout_is_off(tiny_vit, labelled_images):
+    data = labelled_images(4)
+    model = tiny_vit(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5).train()
+    assert_scores(estimate(model, data), naive_fisher(copy.deepcopy(model).eval(), data))
+    assert model.training
+
+
+def test_the_model_is_left_as_it_was(tiny_vit, labelled_images):
+    model = tiny_vit().train()
+    model.vit.layers[1].eval()
+    model.vit.layers[2].requires_grad_(False)
+    state = copy.deepcopy(model.state_dict())
+    flags = [p.requires_grad for p in model.parameters()]
+    modes = [m.training for m in model.modules()]
+    estimate(model, labelled_images(3))
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert [m.training for m in model.modules()] == modes
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks for m in model.modules())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_model_is_left_as_it_was_after_an_error(tiny_vit, labelled_images):
+    model = tiny_vit().train()
+    with pytest.raises(ZeroDivisionError):
+        estimate(model, labelled_images(3), loss_fn=lambda *_: 1 / 0)
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(m.training for m in model.modules())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_it_runs_within_no_grad(tiny_vit, labelled_images):
+    model, data = tiny_vit(), labelled_images(3)
+    with torch.no_grad():
+        scores = estimate(model, data)
+    assert_scores(scores, naive_fisher(model, data))
+
+
+def test_half_precision_models_are_scored(tiny_vit, labelled_images):
+    model, data = tiny_vit(), labelled_images(4)
+    expected = naive_fisher(model, data)
+    data.pixel_values = data.pixel_values.to(torch.bfloat16)
+    scores = estimate(model.to(torch.bfloat16), data)
+    name = "vit.layers.2.mlp.fc1"
+    assert scores[name].dtype == torch.float32
+    assert torch.corrcoef(torch.stack([scores[name].flatten(), expected[name].flatten()]))[0, 1] > 0.98
+
+
+def test_inputs_without_a_token_axis_are_samples():
+    model, x = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)), torch.randn(6, 5)
+    collector = FisherCollector({"0": model[0]}, "fisher", 256)
+    with collector.collecting(model):
+        collector.add(per_sample_cross_entropy(types.SimpleNamespace(logits=model(x)), torch.arange(6) % 3))
+    expected = torch.zeros(4, 5)
+    for i in range(6):
+        loss = F.cross_entropy(model(x[i : i + 1]), torch.tensor([i % 3]))
+        expected += torch.autograd.grad(loss, model[0].weight)[0] ** 2
+    torch.testing.assert_close(collector.sums["0"].float(), expected, rtol=1e-4, atol=1e-9)
+
+
+def test_a_linear_that_is_called_twice_is_refused():
+    layer = nn.Linear(3, 3)
+    collector = FisherCollector({"0": layer}, "fisher", 256)
+    with collector.collecting(layer), pytest.raises(ValueError, match=r"once per .*pass, got two calls of 0"):
+        layer(layer(torch.randn(2, 3)))
+
+
+def test_losses_are_per_sample():
+    logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    losses = per_sample_cross_entropy(types.SimpleNamespace(logits=logits), labels)
+    for loss, row, label in zip(losses, logits, labels, strict=True):
+        assert float(loss) == pytest.approx(-float(row.log_softmax(0)[label]), rel=1e-5)
+
+
+# ---- refusals ----
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"score": "hessian"}, r"`score` must be one of 'fisher', 'gradient', got 'hessian'\."),
+        ({"labels": "true"}, r"`labels` must be one of 'dataset', 'model', got 'true'\."),
+        ({"num_samples": 0}, r"`num_samples` must be a whole number of at least 1, got 0\."),
+        ({"batch_size": 0}, r"`batch_size` must be a whole number of at least 1, got 0\."),
+        ({"target_modules": ["nothing"]}, r"`target_modules` must match at least one nn\.Linear .*'nothing'"),
+        ({"loss_fn": lambda out, y: F.cross_entropy(out.logits, y)}, r"`loss_fn` must return one loss per sample"),
+    ],
+)
+def test_bad_arguments_are_refused(tiny_vit, labelled_images, options, message):
+    with pytest.raises(ValueError, match=message):
+        estimate(tiny_vit(), labelled_images(3), **options)
+
+
+def test_labels_outside_the_head_are_refused(tiny_vit, labelled_images):
+    with pytest.raises(ValueError, match=r"`labels` must be from 0 to 2, the labels of the head, got 0 to [34]"):
+        estimate(tiny_vit(), labelled_images(5, num_labels=5))
+
+
+def test_a_head_of_zeros_is_refused(tiny_vit, labelled_images):
+    model = tiny_vit()
+    nn.init.zeros_(model.classifier.weight)
+    with pytest.raises(ValueError, match="got zero everywhere: its head is all zeros"):
+        estimate(model, labelled_images(3))
+
+
+def test_gradients_that_are_not_finite_are_refused(tiny_vit, labelled_images):
+    data = labelled_images(3)
+    data.pixel_values[1, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"`model` must have finite gradients, got others in vit\.layers"):
+        estimate(tiny_vit(), data)
+
+
+def test_a_model_outside_the_table_needs_its_targets_named():
+    with pytest.raises(ValueError, match="`target_modules` must be given"):
+        estimate(nn.Linear(3, 3), [{"x": torch.zeros(3), "labels": 0}])
+
+
+# ---- FisherScores ----
+
+
+def test_scores_are_a_mapping():
+    scores = FisherScores({"b": torch.ones(2, 3), "a": torch.zeros(1, 2)}, 7)
+    assert list(scores) == ["b", "a"]
+    assert len(scores) == 2
+    assert torch.equal(scores["b"], torch.ones(2, 3))
+    assert repr(scores) == "FisherScores(2 linears, num_samples=7)"
+
+
+def test_scores_are_saved_and_loaded_in_their_order(tmp_path):
+    scores = FisherScores({"b": torch.rand(3, 2).t(), "a.x": torch.rand(1, 2)}, 7)
+    scores.save(tmp_path / "scores.safetensors")
+    loaded = FisherScores.load(tmp_path / "scores.safetensors")
+    assert list(loaded) == ["b", "a.x"]
+    assert loaded.num_samples == 7
+    assert all(torch.equal(loaded[name], scores[name]) for name in scores)
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"`path` must be a file written by `FisherScores\.save`, got .*other"):
+        FisherScores.load(tmp_path / "other.safetensors")

@@ -1,0 +1,464 @@
+"""One adapted linear layer against the dense layer with weight W + Δ and bias b + Δb."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from trpts_peft.layer import TRPTSLinear
+
+ROWS, INPUTS = 6, 8
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def random_columns(count=3, inputs=INPUTS):
+    return torch.stack([torch.randperm(inputs)[:count] for _ in range(ROWS)]).sort(dim=1).values
+
+
+def make(*adapters, dtype=torch.float32, bias=True, train_bias=True, init_weights=False):
+    """A layer with these adapters, random unless `init_weights`, the first of them active."""
+    base = nn.Linear(INPUTS, ROWS, bias=bias).to(dtype).requires_grad_(False)
+    layer = TRPTSLinear(base)
+    for name in adapters or ("a",):
+        layer.update_layer(name, random_columns(), train_bias=train_bias, init_weights=init_weights)
+    layer.set_adapter([*adapters, "a"][:1])
+    return layer
+
+
+def reference(layer, x, *adapters):
+    """x (W + Σ Δ)ᵀ + b + Σ Δb, entry by entry, in the precision of the weights' own sum."""
+    weight, bias = layer.base_layer.weight.detach().clone(), layer.base_layer.bias
+    for name in adapters:
+        for o in range(ROWS):
+            for c, i in enumerate(layer.trpts_columns[name][o].tolist()):
+                weight[o, i] += layer.trpts_values[name][o, c].detach().to(weight.dtype)
+        if name in layer.trpts_bias:
+            bias = bias + layer.trpts_bias[name].detach()
+    return F.linear(x, weight, bias)
+
+
+def inputs(dtype=torch.float32, shape=(4, 5, INPUTS)):
+    return torch.randn(shape).to(dtype)
+
+
+# ---- forward ----
+
+
+@pytest.mark.parametrize("bias, train_bias", [(True, True), (True, False), (False, True)])
+def test_output_is_that_of_the_dense_layer(bias, train_bias):
+    layer, x = make(bias=bias, train_bias=train_bias), inputs()
+    assert ("a" in layer.trpts_bias) == (bias and train_bias)
+    torch.testing.assert_close(layer(x), reference(layer, x, "a"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_output_in_each_dtype(dtype):
+    layer, x = make(dtype=dtype), inputs(dtype)
+    tolerance = {torch.bfloat16: 5e-2, torch.float16: 5e-3}.get(dtype, 1e-5)
+    assert layer(x).dtype == dtype
+    torch.testing.assert_close(layer(x), reference(layer, x, "a"), rtol=tolerance, atol=tolerance)
+
+
+def test_a_new_adapter_changes_nothing():
+    layer, x = make(init_weights=True), inputs()
+    assert torch.equal(layer(x), layer.base_layer(x))
+    assert not layer.is_trained("a")
+
+
+def test_gradients_are_those_of_the_dense_layer():
+    layer, x = make(), inputs().requires_grad_()
+    dense = nn.Linear(INPUTS, ROWS)
+    dense.weight.data = layer.base_layer.weight + layer.get_delta_weight("a")
+    dense.bias.data = layer.base_layer.bias + layer.trpts_bias["a"]
+    layer(x).square().sum().backward()
+    grad_x, weight, bias = torch.autograd.grad(dense(x).square().sum(), [x, dense.weight, dense.bias])
+    torch.testing.assert_close(x.grad, grad_x)
+    torch.testing.assert_close(layer.trpts_values["a"].grad, weight.gather(1, layer.trpts_columns["a"]))
+    torch.testing.assert_close(layer.trpts_bias["a"].grad, bias)
+    assert layer.base_layer.weight.grad is None
+    assert layer.base_layer.bias.grad is None
+
+
+def test_two_active_adapters_add_up():
+    layer, x = make("a", "b"), inputs()
+    layer.set_adapter(["a", "b"])
+    torch.testing.assert_close(layer(x), reference(layer, x, "a", "b"), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(layer(x), reference(layer, x, "a"), atol=1e-2)
+
+
+def test_two_active_adapters_on_the_same_columns_add_up_and_train_both():
+    layer, x = make("a", "b"), inputs()
+    layer.replace_columns("b", layer.trpts_columns["a"].clone(), torch.randn(ROWS, 3))
+    layer.set_adapter(["a", "b"])
+    torch.testing.assert_close(layer(x), reference(layer, x, "a", "b"), rtol=1e-5, atol=1e-5)
+    layer(x).sum().backward()
+    assert torch.equal(layer.trpts_values["a"].grad, layer.trpts_values["b"].grad)
+    assert torch.equal(layer.trpts_bias["a"].grad, layer.trpts_bias["b"].grad)
+
+
+def test_adapters_with_different_counts_add_up():
+    layer, x = make("a", "b"), inputs()
+    layer.replace_columns("b", random_columns(1), torch.randn(ROWS, 1))
+    layer.set_adapter(["b", "a"])
+    torch.testing.assert_close(layer(x), reference(layer, x, "a", "b"), rtol=1e-5, atol=1e-5)
+
+
+def test_only_the_active_adapter_trains_and_counts():
+    layer, x = make("a", "b"), inputs()
+    layer.set_adapter("b")
+    torch.testing.assert_close(layer(x), reference(layer, x, "b"))
+    assert [p.requires_grad for p in layer.trpts_values.values()] == [False, True]
+    assert [p.requires_grad for p in layer.trpts_bias.values()] == [False, True]
+
+
+def test_active_adapters_unknown_to_the_layer_are_passed_over():
+    layer, x = make("a"), inputs()
+    layer.set_adapter(["elsewhere"])
+    assert torch.equal(layer(x), layer.base_layer(x))
+
+
+def test_disabled_adapters_leave_the_base_layer():
+    layer, x = make(), inputs()
+    expected = layer.base_layer(x)
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x), expected)
+    layer.enable_adapters(True)
+    torch.testing.assert_close(layer(x), reference(layer, x, "a"))
+
+
+def test_mixed_batches_use_each_samples_own_adapter():
+    layer, x = make("a", "b"), inputs()
+    names = ["b", "__base__", "a", "b"]
+    y = layer(x, adapter_names=names)
+    for i, name in enumerate(names):
+        expected = reference(layer, x[i], *([] if name == "__base__" else [name]))
+        torch.testing.assert_close(y[i], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_mixed_batches_are_refused_where_they_cannot_be_right():
+    layer, x = make("a", "b"), inputs()
+    with pytest.raises(ValueError, match="3 and 4"):
+        layer(x, adapter_names=["a", "b", "a"])
+    layer.merge()
+    with pytest.raises(ValueError, match=r"`adapter_names` .* merged"):
+        layer(x, adapter_names=["a"] * 4)
+
+
+# ---- precision, hooks ----
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_autocast_computes_in_bfloat16_and_trains_in_float32(hooked):
+    layer, x = make(), inputs().requires_grad_()
+    if hooked:
+        layer.base_layer.register_forward_hook(lambda *_: None)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), reference(layer, x, "a"), rtol=2e-2, atol=5e-2)
+    y.float().square().sum().backward()
+    assert layer.trpts_values["a"].grad.dtype == x.grad.dtype == torch.float32
+
+
+def test_autocast_gives_the_output_of_the_merged_layer():
+    layer, x = make(), inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        layer.merge()
+        assert torch.equal(layer(x), y)
+
+
+def test_hooks_on_the_base_layer_fire_and_outputs_stay():
+    layer, x, calls = make(), inputs().requires_grad_(), []
+    expected = layer(x)
+    expected_grads = torch.autograd.grad(expected.square().sum(), [x, layer.trpts_values["a"], layer.trpts_bias["a"]])
+    base = layer.base_layer
+    base.register_forward_pre_hook(lambda *_: calls.append("pre"))
+    base.register_forward_hook(lambda *_: calls.append("forward"))
+    base.register_full_backward_hook(lambda *_: calls.append("backward"))
+    y = layer(x)
+    grads = torch.autograd.grad(y.square().sum(), [x, layer.trpts_values["a"], layer.trpts_bias["a"]])
+    assert calls == ["pre", "forward", "backward"]
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    for grad, other in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_hook_on_the_base_layer_may_change_its_output():
+    layer, x = make(), inputs()
+    layer.base_layer.register_forward_hook(lambda _m, _a, output: output + 1)
+    torch.testing.assert_close(layer(x), reference(layer, x, "a") + 1, rtol=1e-5, atol=1e-5)
+
+
+def test_base_weights_that_train_get_their_gradient():
+    layer, x = make(), inputs()
+    layer.base_layer.requires_grad_(True)
+    layer(x).sum().backward()
+    assert layer.base_layer.weight.grad is not None
+    assert layer.base_layer.bias.grad is not None
+    assert layer.trpts_values["a"].grad is not None
+
+
+# ---- merging ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_merge_gives_the_adapters_output_and_unmerge_restores_every_bit(dtype):
+    layer, x = make(dtype=dtype), inputs(dtype)
+    before, expected = copy.deepcopy(layer.base_layer.state_dict()), layer(x)
+    layer.merge()
+    assert layer.merged
+    torch.testing.assert_close(layer(x), expected)
+    assert not torch.equal(layer.base_layer.weight, before["weight"])
+    layer.unmerge()
+    assert not layer.merged
+    for name, tensor in layer.base_layer.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_merged_adapters_unmerge_exactly(dtype):
+    layer, x = make("a", "b", "c", dtype=dtype), inputs(dtype)
+    layer.replace_columns("b", layer.trpts_columns["a"].clone(), 1e3 * torch.randn(ROWS, 3))
+    before = copy.deepcopy(layer.base_layer.state_dict())
+    layer.merge(adapter_names=["b", "a"])
+    with pytest.warns(UserWarning, match="additionally merging c"):
+        layer.merge(adapter_names=["c"])
+    assert layer.merged_adapters == ["b", "a", "c"]
+    layer.unmerge()
+    for name, tensor in layer.base_layer.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    layer.merge(adapter_names=["a", "c"])
+    merged = layer(x)
+    layer.unmerge()
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-2
+    torch.testing.assert_close(merged, reference(layer, x, "a", "c"), rtol=tolerance, atol=tolerance)
+
+
+def test_deleting_an_adapter_between_merges_leaves_unmerge_exact():
+    layer = make("a", "b", "c")
+    before = copy.deepcopy(layer.base_layer.state_dict())
+    layer.merge(adapter_names=["b"])
+    layer.set_adapter("b")
+    layer.delete_adapter("a")
+    with pytest.warns(UserWarning, match="additionally merging c"):
+        layer.merge(adapter_names=["c"])
+    layer.unmerge()
+    for name, tensor in layer.base_layer.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_merging_twice_merges_once():
+    layer, x = make(), inputs()
+    expected = layer(x)
+    layer.merge()
+    with pytest.warns(UserWarning, match="already merged"):
+        layer.merge()
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_unmerging_what_is_not_merged_warns():
+    layer = make()
+    before = layer.base_layer.weight.clone()
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        layer.unmerge()
+    assert torch.equal(layer.base_layer.weight, before)
+
+
+def test_a_merged_layer_unmerges_when_disabled():
+    layer, x = make(), inputs()
+    expected = layer.base_layer(x)
+    layer.merge()
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x), expected)
+    assert not layer.merged
+
+
+@pytest.mark.parametrize("part", ["trpts_values", "trpts_bias"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_safe_merge_refuses_what_is_not_finite_and_changes_nothing(part, value):
+    layer = make()
+    before = copy.deepcopy(layer.state_dict())
+    getattr(layer, part)["a"].data.view(-1)[2] = value
+    with pytest.raises(ValueError, match=r"^NaNs detected in the merged weights\. The adapter a seems to be broken$"):
+        layer.merge(safe_merge=True)
+    assert not layer.merged
+    for name in ("base_layer.weight", "base_layer.bias"):
+        assert torch.equal(layer.state_dict()[name], before[name])
+
+
+def test_safe_merge_of_two_adapters_merges_none_if_the_second_is_broken():
+    layer = make("a", "b")
+    before = copy.deepcopy(layer.base_layer.state_dict())
+    layer.trpts_values["b"].data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="The adapter b seems to be broken"):
+        layer.merge(safe_merge=True, adapter_names=["a", "b"])
+    assert not layer.merged
+    for name, tensor in layer.base_layer.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_safe_merge_sees_an_overflow_of_the_sum():
+    layer = make("a", "b", dtype=torch.float16)
+    before = layer.base_layer.weight.clone()
+    layer.replace_columns("a", layer.trpts_columns["a"], torch.full((ROWS, 3), 4e4))
+    layer.replace_columns("b", layer.trpts_columns["a"].clone(), torch.full((ROWS, 3), 4e4))
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
+        layer.merge(safe_merge=True, adapter_names=["a", "b"])
+    assert torch.equal(layer.base_layer.weight, before)
+
+
+def test_safe_merge_merges_what_is_finite():
+    layer, x = make(), inputs()
+    expected = layer(x)
+    layer.merge(safe_merge=True)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_merged_originals_stay_out_of_the_state_dict_and_follow_a_cast():
+    layer = make()
+    names, before = set(layer.state_dict()), layer.base_layer.weight.clone()
+    layer.merge()
+    assert set(layer.state_dict()) == names
+    layer.to(torch.bfloat16).unmerge()
+    assert torch.equal(layer.base_layer.weight, before.to(torch.bfloat16))
+
+
+def test_unmerged_weight_and_fingerprint_do_not_depend_on_merging():
+    layer = make("a", "b")
+    weight, fingerprint = layer.base_layer.weight.clone(), layer.base_fingerprint()
+    layer.merge(adapter_names=["a", "b"])
+    assert torch.equal(layer.unmerged_weight(), weight)
+    assert torch.equal(layer.base_fingerprint(), fingerprint)
+    assert fingerprint.shape == (48,)
+
+
+def test_delta_weight_is_dense():
+    layer = make()
+    expected = torch.zeros(ROWS, INPUTS)
+    for o in range(ROWS):
+        for c, i in enumerate(layer.trpts_columns["a"][o].tolist()):
+            expected[o, i] = layer.trpts_values["a"][o, c].detach()
+    assert torch.equal(layer.get_delta_weight("a"), expected)
+
+
+# ---- state ----
+
+
+def test_magnitude_columns_are_the_largest_weights():
+    layer = make()
+    expected = layer.base_layer.weight.abs().topk(2, dim=1).indices.sort(dim=1).values
+    assert torch.equal(layer.magnitude_columns(2), expected)
+
+
+def test_replaced_columns_start_at_zero_and_train_as_before():
+    layer, x = make("a", "b"), inputs()
+    for name in ("a", "b"):
+        layer.replace_columns(name, random_columns(2))
+    assert torch.equal(layer(x), layer.base_layer(x))
+    assert [p.requires_grad for p in layer.trpts_values.values()] == [True, False]
+    assert layer.trpts_values["a"].shape == (ROWS, 2)
+
+
+def test_deleting_an_adapter_leaves_nothing_of_it():
+    layer, x = make("a", "b"), inputs()
+    with pytest.warns(UserWarning, match="Setting active adapter to b"):
+        layer.delete_adapter("a")
+    assert not [name for name, _ in [*layer.named_parameters(), *layer.named_buffers()] if name.endswith(".a")]
+    torch.testing.assert_close(layer(x), reference(layer, x, "b"))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_copies_stand_on_their_own(duplicate, merged):
+    layer, x = make(), inputs()
+    if merged:
+        layer.merge()
+    expected, twin = layer(x), duplicate(layer)
+    for parameter in layer.parameters():
+        parameter.data.zero_()
+    assert torch.equal(twin(x), expected)
+    if merged:
+        twin.unmerge()
+        torch.testing.assert_close(twin(x), expected)
+
+
+def test_a_copy_still_follows_loaded_columns():
+    twin, other, x = copy.deepcopy(make()), make(), inputs()
+    twin.load_state_dict(other.state_dict())
+    torch.testing.assert_close(twin(x), other(x))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_state_dict_round_trip_with_other_columns(assign):
+    layer, other, x = make(), make(), inputs()
+    assert not torch.equal(layer.trpts_columns["a"], other.trpts_columns["a"])
+    file = io.BytesIO()
+    torch.save(other.state_dict(), file)
+    file.seek(0)
+    layer.load_state_dict(torch.load(file, weights_only=True), assign=assign)
+    assert torch.equal(layer.trpts_used["a"][layer.trpts_slots["a"]], other.trpts_columns["a"])
+    torch.testing.assert_close(layer(x), other(x))
+    layer.trpts_values["a"].grad = None
+    layer(x).sum().backward()
+    other(x).sum().backward()
+    torch.testing.assert_close(layer.trpts_values["a"].grad, other.trpts_values["a"].grad)
+
+
+def test_state_dict_of_a_parent_refreshes_the_layer_too():
+    model, other, x = nn.Sequential(make()), nn.Sequential(make()), inputs()
+    model.load_state_dict(other.state_dict())
+    torch.testing.assert_close(model(x), other(x))
+
+
+def test_columns_are_state_and_what_follows_from_them_is_not():
+    keys = set(make().state_dict())
+    assert {"trpts_columns.a", "trpts_values.a", "trpts_bias.a", "trpts_fingerprint.a"} <= keys
+    assert not {key for key in keys if "used" in key or "slots" in key or "original" in key}
+    assert make().state_dict()["trpts_columns.a"].dtype == torch.int64
+
+
+def test_casting_leaves_columns_whole():
+    layer = make().to(torch.float16)
+    assert layer.trpts_columns["a"].dtype == layer.trpts_slots["a"].dtype == torch.int64
+    assert layer.trpts_values["a"].dtype == torch.float16
+
+
+def test_meta_device():
+    with torch.device("meta"):
+        layer = TRPTSLinear(nn.Linear(INPUTS, ROWS))
+    layer.update_layer("a", layer.magnitude_columns(2), train_bias=True)
+    assert layer.trpts_columns["a"].is_meta
+    assert layer.trpts_columns["a"].shape == (ROWS, 2)
+
+
+def test_repr_names_the_connections():
+    assert "connections={'a': 3, 'b': 3}" in repr(make("a", "b"))
+
+
+# ---- compile, export ----
+
+
+@pytest.mark.parametrize("active", [["a"], ["a", "b"]])
+def test_compiles_as_one_graph(active):
+    torch.compiler.reset()
+    layer, x = make("a", "b"), inputs().requires_grad_()
+    layer.set_adapter(active)
+    expected = layer(x)
+    grads = torch.autograd.grad(expected.square().sum(), [x, layer.trpts_values["a"]])
+    y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), [x, layer.trpts_values["a"]]), grads)
+
+
+def test_exports():
+    layer, x = make().eval(), inputs()
+    program = torch.export.export(layer, (x,))
+    torch.testing.assert_close(program.module()(x), layer(x))

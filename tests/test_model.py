@@ -1,0 +1,560 @@
+"""The life of an adapter: made, trained, saved, loaded, switched, added up, merged, removed."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModel, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import ViTForImageClassification
+
+from conftest import LabelledImages, build_images, build_vit
+from trpts_peft import TRPTSConfig, apply_token_selection, calibrate
+from trpts_peft.layer import TRPTSLinear
+from trpts_peft.vit import keep_rates_in_force, token_selections
+
+DATA = LabelledImages(13)
+FC1 = "base_model.model.vit.layers.1.mlp.fc1"
+
+
+def adapter(
+    base: nn.Module | None = None, *, calibrated: bool = True, seed: int | None = 0, **options: Any
+) -> PeftModel:
+    """A PeftModel, calibrated by weight magnitude and with random values, that selects tokens in block 1."""
+    defaults: dict[str, Any] = {"modules_to_save": ["classifier"], "keep_rate": 0.5, "token_layers": [1]}
+    config = TRPTSConfig(**{"importance": "magnitude", **defaults, **options})
+    model = get_peft_model(base or build_vit(), config)
+    if calibrated:
+        calibrate(model, None, probe_head=False, progress=False)
+    if seed is not None:
+        randomize(model, seed)
+    return model.eval()
+
+
+def randomize(model: nn.Module, seed: int, name: str = "default") -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for key, parameter in model.named_parameters():
+        if f".{name}" in key:
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, count: int = 2, **options: Any) -> Tensor:
+    return model(build_images(count), **options).logits
+
+
+def linears(model: nn.Module) -> dict[str, TRPTSLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, TRPTSLinear)}
+
+
+def assert_stock(model: nn.Module, seed: int = 0) -> None:
+    """Bit for bit what `build_vit` makes, classes included."""
+    stock = build_vit(seed=seed)
+    assert {n: type(m) for n, m in model.named_modules()} == {n: type(m) for n, m in stock.named_modules()}
+    state = model.state_dict()
+    assert state.keys() == stock.state_dict().keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in stock.state_dict().items())
+    assert torch.equal(predict(model), predict(stock))
+    assert not hasattr(model.config, "trpts_keep_rates")
+
+
+def dense_reference(model: PeftModel, names: dict[str, float]) -> nn.Module:
+    """A plain ViT with Σ w_i Δ_i written into its weights by a naive loop, and the same token selection."""
+    base = build_vit()
+    for name, layer in linears(model.get_base_model()).items():
+        linear = base.get_submodule(name)
+        for adapter_name, weight in names.items():
+            if adapter_name not in layer.trpts_values:
+                continue
+            columns, values = layer.trpts_columns[adapter_name], layer.trpts_values[adapter_name].detach()
+            for row in range(columns.shape[0]):
+                for column, value in zip(columns[row].tolist(), values[row].tolist(), strict=True):
+                    linear.weight.data[row, column] += weight * value
+            if adapter_name in layer.trpts_bias:
+                linear.bias.data += weight * layer.trpts_bias[adapter_name].detach()
+    rates = keep_rates_in_force(model)
+    if rates:
+        apply_token_selection(base, rates)
+    return base
+
+
+# ---- injection ----
+
+
+def test_forward_is_that_of_dense_weights() -> None:
+    model = adapter()
+    reference = dense_reference(model, {"default": 1.0})
+    reference.classifier = model.base_model.model.classifier.modules_to_save["default"]
+    torch.testing.assert_close(predict(model), predict(reference), rtol=1e-4, atol=1e-5)
+
+
+def test_adapter_starts_as_the_identity() -> None:
+    model = get_peft_model(build_vit(), TRPTSConfig(token_layers=0)).eval()
+    torch.testing.assert_close(predict(model), predict(build_vit()), rtol=1e-5, atol=1e-5)
+
+
+def test_not_calibrated_is_said_once_by_logging(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "trpts_peft"):  # and not by `warnings`, which are errors here
+        model = get_peft_model(build_vit(), TRPTSConfig(target_modules=["fc1"]))
+        predict(model)
+    assert [record.name for record in caplog.records] == ["trpts_peft.model"]
+    assert "not calibrated" in caplog.text
+
+
+def test_calibrated_adapter_is_loaded_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    adapter().save_pretrained(tmp_path)
+    caplog.clear()
+    PeftModel.from_pretrained(build_vit(), tmp_path)
+    assert "not calibrated" not in caplog.text
+
+
+def test_not_calibrated_adapter_trains_the_largest_weights() -> None:
+    model = get_peft_model(build_vit(), TRPTSConfig(min_connections=2, max_connections=2))
+    assert linears(model)
+    for layer in linears(model).values():
+        expected = layer.base_layer.weight.abs().topk(2, dim=1).indices.sort(dim=1).values
+        assert torch.equal(layer.trpts_columns["default"], expected)
+
+
+def test_explicit_token_layers_need_no_calibration() -> None:
+    model = adapter(calibrated=False, token_layers=[0, 2])
+    assert keep_rates_in_force(model) == {0: 0.5, 2: 0.5}
+
+
+def test_integer_token_layers_wait_for_calibration() -> None:
+    assert token_selections(adapter(calibrated=False, token_layers=3)) == {}
+
+
+def test_only_the_adapter_trains() -> None:
+    model = adapter()
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable
+    assert all("trpts_values" in n or "trpts_bias" in n or "classifier.modules_to_save" in n for n in trainable)
+
+
+def test_train_bias_off() -> None:
+    model = adapter(train_bias=False)
+    assert not any("trpts_bias" in name for name, _ in model.named_parameters())
+    torch.testing.assert_close(
+        predict(model.merge_and_unload()), predict(adapter(train_bias=False)), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_layers_to_transform_and_exclude_modules() -> None:
+    config = TRPTSConfig(target_modules=["fc1", "fc2"], layers_to_transform=[1, 3], exclude_modules=["fc2"])
+    model = get_peft_model(build_vit(), config)
+    assert set(linears(model.get_base_model())) == {"vit.layers.1.mlp.fc1", "vit.layers.3.mlp.fc1"}
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"target_modules": ["layernorm_before"]}, TypeError, "LayerNorm"),
+        ({"target_modules": ["fc1"], "connections": {"vit.layers.0.mlp.fc1": 1}}, ValueError, "`connections`"),
+        ({"target_modules": ["layers.0.mlp.fc1"], "connections": {"vit.layers.0.mlp.fc1": 33}}, ValueError, "33"),
+        ({"token_layers": [4]}, ValueError, "`token_layers`"),
+        ({"selected_token_layers": [0, 9]}, ValueError, "`selected_token_layers`"),
+        ({"target_modules": ["nothing"]}, ValueError, "nothing"),
+    ],
+)
+def test_configs_that_do_not_fit_change_nothing(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    base, model = build_vit(), adapter()
+    flags = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
+    with pytest.raises(error, match=message):
+        get_peft_model(base, TRPTSConfig(**options))
+    assert_stock(base)
+    assert {name: parameter.requires_grad for name, parameter in base.named_parameters()} == flags
+    before = predict(model), [type(m) for m in model.modules()], list(model.state_dict())
+    with pytest.raises(error, match=message):
+        model.add_adapter("second", TRPTSConfig(**options))
+    assert torch.equal(before[0], predict(model))
+    assert before[1:] == ([type(m) for m in model.modules()], list(model.state_dict()))
+    assert list(model.peft_config) == ["default"]
+
+
+# ---- training, saving, loading ----
+
+
+def train_step(model: nn.Module) -> None:
+    model.train()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    optimizer.zero_grad()
+    model(**DATA.batch()).loss.backward()
+    optimizer.step()
+    model.eval()
+
+
+@pytest.mark.parametrize("family", ["vit", "deit"])
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_life_cycle(tmp_path: Path, family: str, low_cpu_mem_usage: bool, is_trainable: bool) -> None:
+    model = get_peft_model(build_vit(family), TRPTSConfig(modules_to_save=["classifier"], keep_rate=0.6, top_percent=5))
+    selection = calibrate(model, DATA, progress=False)
+    train_step(model)
+    model.save_pretrained(tmp_path)
+    options = {"low_cpu_mem_usage": low_cpu_mem_usage, "is_trainable": is_trainable}
+    loaded = PeftModel.from_pretrained(build_vit(family), tmp_path, **options)
+    assert torch.equal(predict(loaded), predict(model))
+    assert keep_rates_in_force(loaded) == dict.fromkeys(selection.token_layers, 0.6)
+    assert any(p.requires_grad for p in loaded.parameters()) == is_trainable
+    if is_trainable:
+        train_step(model)
+        train_step(loaded)
+        assert torch.equal(predict(loaded), predict(model))
+
+
+def test_second_process_predicts_the_same(tmp_path: Path) -> None:
+    model = adapter()
+    model.save_pretrained(tmp_path)
+    script = (
+        "import sys, torch; from conftest import build_images, build_vit; from peft import PeftModel\n"
+        "model = PeftModel.from_pretrained(build_vit(), sys.argv[1])\n"
+        "torch.save(model(build_images()).logits.detach(), sys.argv[1] + '/logits.pt')\n"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, env={**os.environ, "PYTHONPATH": path})
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), predict(model))
+
+
+def test_auto_peft_model(tmp_path: Path) -> None:
+    build_vit().save_pretrained(tmp_path / "base")
+    model = adapter(ViTForImageClassification.from_pretrained(tmp_path / "base"))
+    model.save_pretrained(tmp_path / "adapter")
+    assert model.peft_config["default"].base_model_name_or_path == str(tmp_path / "base")
+    loaded = AutoPeftModel.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(predict(loaded), predict(model))
+    whole = ViTForImageClassification.from_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(predict(whole), predict(model))
+
+
+def test_state_of_a_calibrated_adapter_is_all_in_the_state_dict() -> None:
+    one, other = adapter(seed=1), adapter(seed=2, importance="random")
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(predict(other), predict(one))
+
+
+def test_deepcopy_is_independent() -> None:
+    model = adapter()
+    before = predict(model)
+    randomize(copy.deepcopy(model), 3)
+    assert torch.equal(predict(model), before)
+    assert torch.equal(predict(copy.deepcopy(model)), before)
+
+
+# ---- merging, leaving ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_and_unmerge_are_exact(dtype: torch.dtype) -> None:
+    model = adapter(build_vit().to(dtype))
+    images = build_images(dtype=dtype)
+    weights = {name: layer.base_layer.weight.clone() for name, layer in linears(model).items()}
+    before = model(images).logits
+    model.merge_adapter()
+    assert not torch.equal(linears(model)[FC1].base_layer.weight, weights[FC1])
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(model(images).logits, before, rtol=tolerance, atol=tolerance)
+    model.unmerge_adapter()
+    assert all(torch.equal(layer.base_layer.weight, weights[name]) for name, layer in linears(model).items())
+    assert torch.equal(model(images).logits, before)
+
+
+def test_disabling_a_merged_adapter_is_exact() -> None:
+    model = adapter()
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(predict(model), predict(build_vit()))
+
+
+@pytest.mark.parametrize("family", ["vit", "deit"])
+def test_merge_and_unload_goes_on_selecting(family: str) -> None:
+    model = adapter(build_vit(family))
+    before = predict(model)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(predict(merged), before, rtol=1e-4, atol=1e-5)
+    assert keep_rates_in_force(merged) == {1: 0.5}
+    assert merged.state_dict().keys() == build_vit(family).state_dict().keys()
+    assert merged.config.trpts_keep_rates == {"1": 0.5}
+
+
+def test_merge_and_unload_without_tokens_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model = adapter()
+    reference = dense_reference(model, {"default": 1.0})
+    reference.classifier = model.base_model.model.classifier.modules_to_save["default"]
+    apply_token_selection(reference, {})
+    merged = model.merge_and_unload(keep_token_selection=False)
+    assert "outputs" in caplog.text
+    torch.testing.assert_close(predict(merged), predict(reference), rtol=1e-4, atol=1e-5)
+    assert {type(m) for m in merged.modules()} == {type(m) for m in build_vit().modules()}
+    assert not hasattr(merged.config, "trpts_keep_rates")
+
+
+def test_merge_and_unload_of_a_named_adapter() -> None:
+    model = adapter(modules_to_save=None)
+    model.add_adapter("second", TRPTSConfig(token_layers=[2], keep_rate=0.3))
+    randomize(model, 4, "second")
+    model.set_adapter("second")
+    before = predict(model)
+    model.set_adapter("default")
+    merged = model.merge_and_unload(adapter_names=["second"])
+    assert keep_rates_in_force(merged) == {2: 0.3}
+    torch.testing.assert_close(predict(merged), before, rtol=1e-4, atol=1e-5)
+
+
+def test_safe_merge_refuses_broken_values() -> None:
+    model = adapter()
+    linears(model)[FC1].trpts_values["default"].data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
+        model.merge_and_unload(safe_merge=True)
+
+
+def test_merged_model_is_calibrated_and_merged_again() -> None:
+    merged = adapter().merge_and_unload()
+    apply_token_selection(merged, {})
+    assert torch.isfinite(predict(adapter(merged, seed=3).merge_and_unload())).all()
+
+
+def test_unload_returns_the_untouched_base() -> None:
+    model = adapter()
+    train_step(model)
+    assert_stock(model.unload())
+
+
+def test_unload_of_a_merged_adapter() -> None:
+    model = adapter(modules_to_save=None)
+    model.merge_adapter()
+    assert_stock(model.unload())
+
+
+# ---- several adapters ----
+
+
+def pair(modules_to_save: list[str] | None = None) -> PeftModel:
+    """Two adapters that select tokens alike, of different columns and numbers of connections."""
+    model = adapter(min_connections=2, max_connections=2, modules_to_save=modules_to_save)
+    config = TRPTSConfig(token_layers=[1], keep_rate=0.5, importance="random", min_connections=3, seed=1)
+    config.modules_to_save = modules_to_save
+    model.add_adapter("second", config)
+    calibrate(model, None, adapter_name="second", probe_head=False, progress=False)
+    randomize(model, 1, "second")
+    return model
+
+
+def test_switching() -> None:
+    model = adapter()
+    first = predict(model)
+    model.add_adapter("second", TRPTSConfig(token_layers=[0, 3], keep_rate=0.2, modules_to_save=["classifier"]))
+    randomize(model, 1, "second")
+    assert torch.equal(predict(model), first)
+    model.set_adapter("second")
+    assert keep_rates_in_force(model) == {0: 0.2, 3: 0.2}
+    second = predict(model)
+    assert not torch.equal(first, second)
+    model.set_adapter("default")
+    assert keep_rates_in_force(model) == {1: 0.5}
+    assert torch.equal(predict(model), first)
+
+
+def test_two_active_adapters_add_up() -> None:
+    model = pair()
+    model.base_model.set_adapter(["default", "second"])
+    reference = dense_reference(model, {"default": 1.0, "second": 1.0})
+    both = predict(model)
+    torch.testing.assert_close(both, predict(reference), rtol=1e-4, atol=1e-4)
+    model.merge_adapter()
+    torch.testing.assert_close(predict(model), both, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    assert torch.equal(predict(model), both)
+
+
+def test_adapters_with_other_token_layers_are_not_added_up() -> None:
+    model = adapter()
+    model.add_adapter("second", TRPTSConfig(token_layers=[2], keep_rate=0.5, modules_to_save=["classifier"]))
+    before = predict(model), model.active_adapters, [p.requires_grad for p in model.parameters()]
+    for act in (model.base_model.set_adapter, lambda names: model.merge_adapter(names)):
+        with pytest.raises(ValueError, match="alike"):
+            act(["default", "second"])
+    with pytest.raises(ValueError, match="alike"):
+        model.merge_and_unload(adapter_names=["default", "second"])
+    with pytest.raises(ValueError, match="alike"):
+        model.base_model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")
+    assert torch.equal(predict(model), before[0])
+    assert before[1:] == (model.active_adapters, [p.requires_grad for p in model.parameters()])
+    assert list(model.peft_config) == ["default", "second"]
+
+
+def test_deleting() -> None:
+    model = adapter()
+    model.add_adapter("second", TRPTSConfig(token_layers=[2], keep_rate=0.5, modules_to_save=["classifier"]))
+    first = predict(model)
+    model.delete_adapter("second")
+    assert torch.equal(predict(model), first)
+    assert set(token_selections(model)) == {1}
+    assert not any(".second" in name for name in model.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:Adapter default was active")
+def test_deleting_the_last_adapter_restores_the_blocks() -> None:
+    model = adapter(modules_to_save=None)
+    model.delete_adapter("default")
+    base = model.base_model.model
+    assert [type(block) for block in base.vit.layers] == [type(block) for block in build_vit().vit.layers]
+    assert torch.equal(predict(base), predict(build_vit()))
+
+
+def test_disabling() -> None:
+    model = adapter()
+    before = predict(model)
+    with model.disable_adapter():
+        assert torch.equal(predict(model), predict(build_vit()))
+    assert torch.equal(predict(model), before)
+
+
+def test_set_adapter_during_disabling_follows() -> None:
+    model = adapter()
+    with model.disable_adapter():
+        assert keep_rates_in_force(model) == {}
+    assert keep_rates_in_force(model) == {1: 0.5}
+
+
+# ---- mixed batches ----
+
+
+def test_mixed_batches() -> None:
+    model = pair(["classifier"])
+    alone = []
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        alone.append(predict(model, 4))
+    mixed = predict(model, 4, adapter_names=["default", "second", "second", "default"])
+    expected = torch.stack([alone[0][0], alone[1][1], alone[1][2], alone[0][3]])
+    torch.testing.assert_close(mixed, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_mixed_batches_with_the_base() -> None:
+    model = adapter(token_layers=0)
+    mixed = predict(model, 2, adapter_names=["__base__", "default"])
+    torch.testing.assert_close(mixed[0], predict(build_vit())[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mixed[1], predict(model)[1], rtol=1e-4, atol=1e-5)
+
+
+def test_mixed_batches_that_cannot_be() -> None:
+    model = adapter()
+    model.add_adapter("second", TRPTSConfig(token_layers=[2], keep_rate=0.5, modules_to_save=["classifier"]))
+    for names, message in (
+        (["default", "second"], "alike"),
+        (["default", "__base__"], "alike"),
+        (["default", "third"], "third"),
+        (["second", "second"], "select tokens"),
+        (["default"], "Length"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            predict(model, 2, adapter_names=names)
+    with pytest.raises(ValueError, match="training"):
+        predict(model.train(), 2, adapter_names=["default", "default"])
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+# ---- transformers' own methods ----
+
+
+def transformers_model(**options: Any) -> ViTForImageClassification:
+    base = build_vit()
+    base.add_adapter(
+        TRPTSConfig(**{"token_layers": [1], "keep_rate": 0.5, "importance": "magnitude", **options}), "mine"
+    )
+    calibrate(base, None, adapter_name="mine", probe_head=False, progress=False)
+    randomize(base, 0, "mine")
+    return base
+
+
+def test_transformers_add_adapter_equals_peft() -> None:
+    peft_model = get_peft_model(
+        build_vit(), TRPTSConfig(token_layers=[1], keep_rate=0.5, importance="magnitude"), "mine"
+    )
+    calibrate(peft_model, None, probe_head=False, progress=False)
+    randomize(peft_model, 0, "mine")
+    assert torch.equal(predict(transformers_model()), predict(peft_model.eval()))
+
+
+def test_transformers_disables_and_enables() -> None:
+    base = transformers_model()
+    before = predict(base)
+    base.disable_adapters()
+    assert torch.equal(predict(base), predict(build_vit()))
+    base.enable_adapters()
+    assert torch.equal(predict(base), before)
+
+
+def test_transformers_saves_and_loads(tmp_path: Path) -> None:
+    base = transformers_model()
+    base.save_pretrained(tmp_path)
+    for loaded in (build_vit(), PeftModel.from_pretrained(build_vit(), tmp_path)):
+        if isinstance(loaded, ViTForImageClassification):
+            loaded.load_adapter(str(tmp_path))
+        assert torch.equal(predict(loaded), predict(base))
+
+
+def test_transformers_deletes() -> None:
+    base = transformers_model()
+    base.delete_adapter("mine")
+    assert torch.equal(predict(base), predict(build_vit()))
+    blocks = [(type(block), type(block.attention)) for block in base.vit.layers]
+    assert blocks == [(type(block), type(block.attention)) for block in build_vit().vit.layers]
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_transformers_switches() -> None:
+    base = transformers_model()
+    before = predict(base)
+    base.add_adapter(TRPTSConfig(token_layers=[2], keep_rate=0.3), "other")
+    randomize(base, 2, "other")
+    base.set_adapter("other")
+    assert keep_rates_in_force(base) == {2: 0.3}
+    assert not torch.equal(predict(base), before)
+    base.set_adapter("mine")
+    assert torch.equal(predict(base), before)
+
+
+# ---- number formats ----
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_bases(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = adapter(build_vit().to(dtype))
+    images = build_images(dtype=dtype)
+    logits = model(images).logits
+    assert logits.dtype == dtype or logits.dtype == torch.float32
+    torch.testing.assert_close(logits.float(), predict(adapter()), rtol=0.1, atol=0.3)
+    logits.float().sum().backward()
+    assert torch.isfinite(linears(model)[FC1].trpts_values["default"].grad).all()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build_vit().to(dtype), tmp_path)
+    assert torch.equal(loaded(images).logits, logits)
+
+
+@pytest.mark.parametrize("autocast_adapter_dtype", [False, True])
+def test_16_bit_adapters_train(autocast_adapter_dtype: bool) -> None:
+    config = TRPTSConfig(token_layers=[1], keep_rate=0.5)
+    model = get_peft_model(build_vit().bfloat16(), config, autocast_adapter_dtype=autocast_adapter_dtype)
+    values = linears(model)[FC1].trpts_values["default"]
+    assert values.dtype == (torch.float32 if autocast_adapter_dtype else torch.bfloat16)
+    model(build_images(dtype=torch.bfloat16)).logits.float().sum().backward()
+    assert values.grad is not None and values.grad.any()
+
+
+def test_autocast() -> None:
+    model = adapter().train()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(build_images()).logits
+    torch.testing.assert_close(logits.float(), predict(model), rtol=0.1, atol=0.3)
+    logits.float().sum().backward()
+    assert linears(model)[FC1].trpts_values["default"].grad.dtype == torch.float32

@@ -47,7 +47,7 @@ def inference(model: nn.Module, batch: Batch) -> Callable[[], None]:
     return predict
 
 
-def relative_times(actions: Mapping[str, Callable[[], None]], reference: str, repeats: int = 25) -> dict[str, float]:
+def relative_times(actions: Mapping[str, Callable[[], None]], reference: str, repeats: int = 11) -> dict[str, float]:
     """Processor time of each action over that of `actions[reference]`: the median over rounds that run each once.
 
     Ratios within a round, so that a machine that slows down for a while slows both sides.

@@ -16,7 +16,15 @@ from transformers import BertConfig, BertForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from conftest import LabelledImages, build_images, build_vit
-from trpts_peft import FisherScores, Selection, TRPTSConfig, calibrate, estimate_fisher, select
+from trpts_peft import (
+    FisherScores,
+    Selection,
+    TRPTSConfig,
+    apply_token_selection,
+    calibrate,
+    estimate_fisher,
+    select,
+)
 from trpts_peft.vit import keep_rates_in_force
 
 DATA = LabelledImages(13)
@@ -464,8 +472,6 @@ def test_targeted_head_needs_no_probe() -> None:
 
 
 def test_fixed_rates_are_in_the_way() -> None:
-    from trpts_peft import apply_token_selection
-
     base = build_vit()
     apply_token_selection(base, {1: 0.5})
     model = adapter(base)
@@ -486,6 +492,14 @@ def test_fisher_of_a_peft_model_is_that_of_its_base() -> None:
     plain, own = estimate_fisher(build_vit(), DATA, **QUIET), estimate_fisher(model, DATA, **QUIET)
     assert plain.keys() == own.keys()
     assert [name for name in plain if not torch.allclose(plain[name], own[name], rtol=1e-5)] == []
+
+
+def test_fisher_is_measured_with_all_tokens() -> None:
+    base = build_vit()
+    apply_token_selection(base, {0: 0.3})
+    measured, plain = (estimate_fisher(model, DATA, **QUIET) for model in (base, build_vit()))
+    assert [name for name in plain if not torch.allclose(plain[name], measured[name], rtol=1e-5)] == []
+    assert keep_rates_in_force(base) == {0: 0.3}
 
 
 def test_fisher_leaves_a_plain_model_alone() -> None:

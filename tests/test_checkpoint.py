@@ -447,12 +447,18 @@ def test_resume_refuses_other_shapes_and_token_layers(saved: Path, option: dict[
     assert_same(before, snapshot(model))
 
 
-def test_resumed_columns_reach_forward(saved: Path, logits: Tensor) -> None:
+def test_resumed_columns_reach_forward_and_backward(saved: Path, logits: Tensor) -> None:
     """Other columns of the same number are taken over, and what follows from them."""
-    model = adapted(importance="random", seed=5)
+    model, reference = adapted(importance="random", seed=5), adapted()
     assert not torch.equal(predict(model), logits)
     model.load_adapter(saved, "default", is_trainable=True)
+    model.eval()
     assert torch.equal(predict(model), logits)
+    gradients = []
+    for trained in (model, reference):
+        trained(build_images()).logits.square().sum().backward()
+        gradients.append(trained.get_submodule(LINEAR).trpts_values["default"].grad)
+    assert torch.equal(*gradients)
 
 
 def test_adapter_of_an_uncalibrated_config(tmp_path: Path) -> None:

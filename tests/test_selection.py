@@ -188,11 +188,15 @@ def test_sparse_insertion_takes_the_fewest_trainable_connections(vit):
     assert max(trainable[1], trainable[3]) < min(trainable[0], trainable[2])
 
 
-def test_equal_connections_are_told_apart_by_importance(vit):
+def test_equal_connections_are_told_apart_by_importance_before_fisher(vit):
     scores = block_scores(vit, [1, 1, 1, 1])
-    for name, tops in {"vit.layers.2.mlp.fc1": 5, "vit.layers.0.mlp.fc1": 6, "vit.layers.3.mlp.fc1": 9}.items():
-        scores[name].view(-1)[:tops] = 2.0
-    scores["vit.layers.1.mlp.fc1"].view(-1)[:100] = 2.0
+    for block, tops, value in (
+        (2, 5, 1e6),
+        (0, 6, 1e5),
+        (3, 9, 1e3),
+        (1, 100, 2.0),
+    ):  # by w 2, 0, 3, 1; by sum reversed
+        scores[f"vit.layers.{block}.mlp.fc1"].view(-1)[:tops] = value
     config = TRPTSConfig(max_connections=1, token_layers=2, top_percent=100 * 120 / 20480)
     assert select(scores, config, vit).token_layers == (0, 2)
 

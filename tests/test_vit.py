@@ -271,6 +271,17 @@ def test_masks_without_padding_pass(attention: str) -> None:
         torch.testing.assert_close(states, model.vit(build_images()).last_hidden_state)
 
 
+@pytest.mark.parametrize(
+    ("attention", "mask"), [("sdpa", torch.ones(2, 1, 65, 65).bool()), ("eager", torch.zeros(2, 1, 65, 65))]
+)
+def test_masks_are_cut_to_the_tokens_left(attention: str, mask: Tensor) -> None:
+    model = reduced()
+    model.set_attn_implementation(attention)
+    with torch.no_grad():
+        states = model.vit(build_images(), attention_mask=mask).last_hidden_state
+        torch.testing.assert_close(states, model.vit(build_images()).last_hidden_state, rtol=1e-4, atol=1e-5)
+
+
 # ---- which models, which rates ----
 
 

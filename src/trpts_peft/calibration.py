@@ -20,7 +20,16 @@ from .data import Batches, processes
 from .fisher import FisherCollector, FisherScores, LossFn
 from .head import Head, find_head, num_labels
 from .layer import TRPTSLinear
-from .measurement import LABELS, SCORES, check_labels, check_words, collect_features, measure, targeted_linears
+from .measurement import (
+    LABELS,
+    SCORES,
+    check_labels,
+    check_words,
+    check_workspace,
+    collect_features,
+    measure,
+    targeted_linears,
+)
 from .probe import LinearProbe, fit_linear_probe
 from .selection import Selection, select
 from .vit import check_no_fixed_selection, check_token_layers, install_keep_rates
@@ -65,6 +74,7 @@ def calibrate(
         ValueError: as `estimate_fisher` and `select`, or the adapter is calibrated or merged. Nothing is changed.
     """
     check_words(labels=(labels, LABELS))
+    check_workspace(workspace_mb)
     base, name, config = _find_adapter(model, adapter_name)
     _check_calibratable(base, config, name, overwrite)
     measures = scores is None and config.importance in SCORES

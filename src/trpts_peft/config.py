@@ -205,6 +205,8 @@ class TRPTSConfig(PeftConfig):
         for name in ("train_bias", "init_weights"):
             _check_flag(name, getattr(self, name))
         _check_count("seed", self.seed, 0)
+        if self.seed >= 2**63:
+            _refuse("seed", "below 2**63", self.seed)
 
     def _check_token_options(self) -> None:
         _check_real("keep_rate", self.keep_rate, 0, 1)

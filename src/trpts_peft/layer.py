@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from . import functional
-from .sparse_linear import added_linear, composed_linear, index_columns
+from .sparse_linear import added_linear, compose_weight, composed_linear, index_columns
 from .tuner_layer import TRPTSLayer
 
 __all__ = ["TRPTSLinear"]
@@ -263,13 +263,14 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
             self.merged_adapters.append(name)
 
     def check_merge(self, adapter_names: list[str]) -> None:
-        """Refuse to merge adapters that would leave entries that are not finite; those given are all or none merged."""
+        """Refuse to merge adapters, one after the other, that would leave entries that are not finite."""
         weight, bias = self.base_layer.weight.data, self.base_layer.bias
         for name in [name for name in adapter_names if name in self.trpts_values]:
-            merged = weight.gather(1, self.trpts_columns[name]) + self.trpts_values[name].data.to(weight.dtype)
-            finite = bool(merged.isfinite().all())
+            weight = compose_weight(weight, self.trpts_columns[name], self.trpts_values[name].data)
+            finite = bool(weight.gather(1, self.trpts_columns[name]).isfinite().all())
             if name in self.trpts_bias:
-                finite = finite and bool((bias.data + self.trpts_bias[name].data.to(bias.dtype)).isfinite().all())
+                bias = bias.data + self.trpts_bias[name].data.to(bias.dtype)
+                finite = finite and bool(bias.isfinite().all())
             if not finite:
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
 

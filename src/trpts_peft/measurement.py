@@ -79,6 +79,11 @@ def check_words(**choices: tuple[str, tuple[str, ...]]) -> None:
             raise ValueError(f"`{name}` must be one of {', '.join(map(repr, legal))}, got {value!r}.")
 
 
+def check_workspace(workspace_mb: float) -> None:
+    if isinstance(workspace_mb, bool) or not isinstance(workspace_mb, (int, float)) or not workspace_mb > 0:
+        raise ValueError(f"`workspace_mb` must be a number above 0, got {workspace_mb!r}.")
+
+
 def check_labels(labels: Tensor, classes: int) -> None:
     if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= classes):
         raise ValueError(
@@ -180,6 +185,7 @@ def estimate_fisher(
         TypeError: `data` is neither a Dataset nor a DataLoader.
     """
     check_words(score=(score, SCORES), labels=(labels, LABELS))
+    check_workspace(workspace_mb)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     rank, world = processes(accelerator)
     linears = _linears_to_score(base, target_modules)

@@ -100,17 +100,16 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def replace_columns(self, adapter_name: str, columns: Tensor, values: Tensor | None = None) -> None:
-        """Exchange an adapter's columns; its values (zero unless given) and bias (zero) start anew as float32 masters.
+        """Exchange an adapter's columns; its values start from zero unless given, its bias from zero.
 
-        The new parameters train if the old ones did.
+        The new parameters have the dtype of the old ones, and train if those did.
         """
-        device = self.base_layer.weight.device
         old = self.trpts_values[adapter_name]
-        new = torch.zeros(columns.shape) if values is None else values.float()
-        self.trpts_columns[adapter_name] = columns.to(device)
-        self.trpts_values[adapter_name] = nn.Parameter(new.to(device), requires_grad=old.requires_grad)
+        new = old.new_zeros(columns.shape) if values is None else values.to(old)
+        self.trpts_columns[adapter_name] = columns.to(old.device)
+        self.trpts_values[adapter_name] = nn.Parameter(new, requires_grad=old.requires_grad)
         if adapter_name in self.trpts_bias:
-            bias = torch.zeros(self.out_features, device=device)
+            bias = torch.zeros_like(self.trpts_bias[adapter_name])
             self.trpts_bias[adapter_name] = nn.Parameter(bias, requires_grad=old.requires_grad)
         self.trpts_fingerprint[adapter_name] = self.base_fingerprint()
         self.refresh(adapter_name)

@@ -35,7 +35,7 @@ from trpts_peft import Selection, TRPTSConfig, calibrate, plot_layer_importance,
 OUTPUT = Path(__file__).resolve().parents[1] / "runs" / "demo"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 PRETRAIN_EPOCHS, PRETRAIN_RATE = 15, 2e-3
-EPOCHS, BATCH_SIZE = 20, 20
+EPOCHS, BATCH_SIZE = 40, 20
 SEED = 0
 TIMED_BATCH = 100
 
@@ -225,7 +225,7 @@ def adapt(vit: ViTForImageClassification, sparse: PeftModel, data: Digits) -> Ar
         "linear probe": (linear_probe(with_new_head(vit)), 1e-1),
         "LoRA r=8": (lora(with_new_head(vit)), 5e-3),
         "full": (with_new_head(vit), 1e-3),
-        "TR-PTS": (sparse, 1e-2),
+        "TR-PTS": (sparse, 2e-2),
     }
     for name, (model, learning_rate) in arms.items():
         timed(f"training, {name}", partial(train, model, data, EPOCHS, learning_rate))

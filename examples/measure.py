@@ -5,8 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -50,16 +49,16 @@ def inference(model: nn.Module, batch: Batch) -> Callable[[], None]:
 def relative_times(actions: Mapping[str, Callable[[], None]], reference: str, repeats: int = 11) -> dict[str, float]:
     """Processor time of each action over that of `actions[reference]`: the median over rounds that run each once.
 
-    Ratios within a round, so that a machine that slows down for a while slows both sides.
+    Ratios within a round, so that a machine that slows down for a while slows both sides. For one thread: threads that
+    wait for each other use processor time too.
     """
     ratios: dict[str, list[float]] = {name: [] for name in actions}
-    with _one_thread():
-        for action in actions.values():
-            action()  # the first call allocates
-        for _ in range(repeats):
-            seconds = {name: _processor_seconds(action) for name, action in actions.items()}
-            for name in actions:
-                ratios[name].append(seconds[name] / seconds[reference])
+    for action in actions.values():
+        action()  # the first call allocates
+    for _ in range(repeats):
+        seconds = {name: _processor_seconds(action) for name, action in actions.items()}
+        for name in actions:
+            ratios[name].append(seconds[name] / seconds[reference])
     return {name: statistics.median(values) for name, values in ratios.items()}
 
 
@@ -67,17 +66,6 @@ def _processor_seconds(action: Callable[[], None]) -> float:
     start = time.process_time()
     action()
     return time.process_time() - start
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Threads that wait for each other also use processor time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def saved_activation_bytes(model: nn.Module, batch: Batch) -> int:

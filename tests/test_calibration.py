@@ -133,8 +133,13 @@ def test_selection_is_of_the_base_whatever_the_adapter_holds() -> None:
     assert_equal(selection, calibrate(adapter(token_layers=[0, 1], keep_rate=0.2), DATA, **QUIET))
 
 
-def test_num_samples_are_spread_over_the_data() -> None:
-    subset = [DATA[i] for i in (0, 2, 5, 7, 10)]
+def drawn(size: int, count: int) -> list[int]:
+    """Which samples `num_samples` takes."""
+    return sorted(torch.randperm(size, generator=torch.Generator().manual_seed(0))[:count].tolist())
+
+
+def test_num_samples_are_drawn_from_the_data() -> None:
+    subset = [DATA[i] for i in drawn(len(DATA), 5)]
     assert_equal(calibrate(adapter(), DATA, num_samples=5, **QUIET), calibrate(adapter(), subset, **QUIET))
 
 
@@ -474,11 +479,20 @@ def test_targeted_head_needs_no_probe() -> None:
 def test_fixed_rates_are_in_the_way() -> None:
     base = build_vit()
     apply_token_selection(base, {1: 0.5})
-    model = adapter(base)
-    before = state_of(model)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     with pytest.raises(ValueError, match="apply_token_selection"):
+        adapter(base)
+    after = base.state_dict()
+    assert list(before) == list(after) and all(torch.equal(before[name], after[name]) for name in before)
+    assert adapter(base, token_layers=0).peft_config["default"].token_layers == 0
+
+
+def test_inference_mode_is_refused() -> None:
+    model = adapter()
+    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
         calibrate(model, DATA, **QUIET)
-    assert_unchanged(before, model)
+    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
+        estimate_fisher(model, DATA, **QUIET)
 
 
 # ---- estimate_fisher ----

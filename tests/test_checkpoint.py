@@ -466,3 +466,34 @@ def test_adapter_of_an_uncalibrated_config(tmp_path: Path) -> None:
     randomize(model, 0)
     model.eval().save_pretrained(tmp_path)
     assert torch.equal(predict(PeftModel.from_pretrained(build_vit(), tmp_path)), predict(model))
+
+
+# ---- names and leftovers ----
+
+
+@pytest.mark.filterwarnings("ignore:Already found:UserWarning")
+def test_one_adapters_name_may_begin_with_anothers(saved: Path, logits: Tensor) -> None:
+    base = build_vit()
+    base.load_adapter(str(saved), "default")
+    base.load_adapter(str(saved), "default_2")
+    base.set_adapter("default_2")
+    assert torch.equal(predict(base), logits)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_refused_second_adapter_leaves_no_empty_wrappers(saved: Path, tmp_path: Path) -> None:
+    model = get_peft_model(build_vit(), TRPTSConfig(target_modules=["q_proj"]))
+    before = list(model.state_dict())
+    damaged(saved, tmp_path, DAMAGES["column twice"])
+    with pytest.raises(ValueError, match="ascending"):
+        model.load_adapter(tmp_path, "b")
+    assert list(model.state_dict()) == before
+
+
+def test_an_allowed_base_is_the_adapters_own_from_then_on(saved: Path, tmp_path: Path) -> None:
+    config = TRPTSConfig.from_pretrained(saved)
+    config.allow_other_base = True
+    PeftModel.from_pretrained(build_vit(seed=1), saved, config=config).save_pretrained(tmp_path)
+    PeftModel.from_pretrained(build_vit(seed=1), tmp_path)
+    with pytest.raises(ValueError, match="base"):
+        PeftModel.from_pretrained(build_vit(), tmp_path)

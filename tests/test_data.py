@@ -59,9 +59,20 @@ def test_other_names_of_labels_are_known(key):
     assert labels_of(rows) == [[0, 1, 2], [3]]
 
 
-@pytest.mark.parametrize("count, chosen", [(1, [0]), (3, [0, 2, 4]), (7, list(range(7))), (99, list(range(7)))])
-def test_fewer_samples_are_spread_evenly(count, chosen):
-    assert list(chain(*labels_of(samples(7), num_samples=count))) == chosen
+@pytest.mark.parametrize("count", [7, 99])
+def test_as_many_samples_as_there_are_means_all(count):
+    assert list(chain(*labels_of(samples(7), num_samples=count))) == list(range(7))
+
+
+def test_fewer_samples_are_the_same_ones_every_time_and_in_order():
+    chosen = list(chain(*labels_of(samples(40), num_samples=10)))
+    assert len(set(chosen)) == 10 and chosen == sorted(chosen)
+    assert chosen == list(chain(*labels_of(samples(40), num_samples=10)))
+
+
+def test_fewer_samples_do_not_fall_into_step_with_labels_that_come_in_turn():
+    chosen = list(chain(*labels_of(samples(200), num_samples=20)))
+    assert len({index % 10 for index in chosen}) > 5
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])

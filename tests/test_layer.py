@@ -462,3 +462,10 @@ def test_exports():
     layer, x = make().eval(), inputs()
     program = torch.export.export(layer, (x,))
     torch.testing.assert_close(program.module()(x), layer(x))
+
+
+def test_the_fingerprint_samples_rows_and_columns():
+    layer = TRPTSLinear(torch.nn.Linear(768, 768))
+    layer.base_layer.weight.data = torch.arange(768.0 * 768).view(768, 768)
+    places = layer.base_fingerprint().long()
+    assert len(set((places // 768).tolist())) > 50 and len(set((places % 768).tolist())) > 50

@@ -558,3 +558,48 @@ def test_autocast() -> None:
     torch.testing.assert_close(logits.float(), predict(model), rtol=0.1, atol=0.3)
     logits.float().sum().backward()
     assert linears(model)[FC1].trpts_values["default"].grad.dtype == torch.float32
+
+
+# ---- merging and tokens ----
+
+
+def two_adapters() -> PeftModel:
+    """The active one selects tokens in block 1, b in block 2."""
+    model = adapter(modules_to_save=None)
+    model.add_adapter("b", TRPTSConfig(token_layers=[2], keep_rate=0.5))
+    randomize(model, 1, "b")
+    return model.eval()
+
+
+def test_merging_another_adapter_onto_a_merged_one_has_to_agree_on_tokens() -> None:
+    model = two_adapters()
+    model.merge_adapter(["default"])
+    merged = predict(model)
+    with pytest.raises(ValueError, match="alike"):
+        model.merge_adapter(["b"])
+    with pytest.raises(ValueError, match="alike"):
+        model.merge_and_unload(adapter_names=["b"])
+    assert torch.equal(predict(model), merged)
+
+
+def test_disabling_without_a_pass_unmerges_linears_and_tokens_alike() -> None:
+    model = two_adapters()
+    expected = predict(model)
+    model.merge_adapter(["b"])
+    with model.disable_adapter():
+        assert not any(layer.merged for layer in linears(model).values())
+    assert torch.equal(predict(model), expected)
+
+
+@pytest.mark.parametrize("leave", ["merge", "unload"])
+def test_rates_that_nobody_asked_for_do_not_stay_in_the_config(leave: str) -> None:
+    base = build_vit()
+    base.config.trpts_keep_rates = {"0": 0.5}
+    model = adapter(base)
+    plain = model.unload() if leave == "unload" else model.merge_and_unload(keep_token_selection=False)
+    assert not hasattr(plain.config, "trpts_keep_rates")
+
+
+def test_mixed_batch_of_adapters_at_rate_one() -> None:
+    model = adapter(keep_rate=1.0)
+    assert torch.allclose(predict(model, adapter_names=["default"] * 2), predict(model), atol=1e-5)

@@ -136,3 +136,19 @@ def test_a_class_without_samples_is_least_likely(monkeypatch):
     probe = fit_linear_probe(features, labels % 2, 3)
     logits = F.linear(features.double(), probe.weight, probe.bias)
     assert not (logits.argmax(dim=1) == 2).any()
+
+
+@pytest.mark.parametrize("each", [1, 2])
+def test_one_or_two_samples_a_class_still_leave_errors(each):
+    labels = torch.arange(12).repeat(each)
+    probe = fit_linear_probe(torch.eye(12)[labels] * 5, labels, 12)
+    assert probe.strength > min(STRENGTHS) and probe.held_out_loss == probe.held_out_loss
+
+
+def test_a_head_without_bias_is_fitted_without():
+    features, labels = clusters()
+    probe = fit_linear_probe(features + 1, labels, 3, fit_bias=False)
+    weight = probe.weight.clone().requires_grad_()
+    loss = F.cross_entropy(features.double().add(1) @ weight.t(), labels)
+    (loss + probe.strength / 2 * weight.square().sum()).backward()
+    assert not probe.bias.any() and float(weight.grad.abs().max()) < 1e-6

@@ -124,3 +124,24 @@ def test_dense_passes_leave_no_record() -> None:
 def test_a_model_without_token_selection_is_refused() -> None:
     with pytest.raises(ValueError, match="calibrate"), record_tokens(build_vit()):
         pass
+
+
+def test_each_pass_is_traced_by_itself() -> None:
+    model = get_peft_model(build_vit(), TRPTSConfig(token_layers=[1], keep_rate=0.5)).eval()
+    model.add_adapter("b", TRPTSConfig(token_layers=[3], keep_rate=0.5))
+    with record_tokens(model) as both:
+        model(build_images())
+        model.set_adapter("b")
+        model(build_images())
+    with record_tokens(model) as alone:
+        model(build_images())
+    assert torch.equal(both[3].kept[0], alone[3].kept[0]) and both[3].merged[0] == alone[3].merged[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_checkpointing_is_refused() -> None:
+    model = reduced()
+    model.gradient_checkpointing_enable()
+    model.train()
+    with pytest.raises(ValueError, match="gradient checkpointing"), record_tokens(model):
+        model(build_images())

@@ -149,3 +149,10 @@ def test_gradient_checkpointing():
     plain = torch.autograd.grad(composed(x, weight, bias, columns, values).square().sum(), [x, values])
     y = checkpoint(composed, x, weight, bias, columns, values, use_reentrant=False)
     torch.testing.assert_close(torch.autograd.grad(y.square().sum(), [x, values]), plain)
+
+
+def test_a_second_derivative_is_refused():
+    x, weight, bias, columns, values = case(torch.float64)
+    (grad,) = torch.autograd.grad(composed(x, weight, bias, columns, values).square().sum(), values, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()

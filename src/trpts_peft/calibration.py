@@ -15,6 +15,7 @@ from accelerate.utils import broadcast
 from peft import PeftModel
 from torch import nn
 
+from .checkpoint import adapted_linears
 from .config import TRPTSConfig
 from .data import Batches, processes
 from .fisher import FisherCollector, FisherScores, LossFn
@@ -84,8 +85,8 @@ def calibrate(
         with _predicting(head, probe):
             scores = _measured(base, config, name, batches, workspace_mb, labels, loss_fn, progress)
     selection = select(_checked_scores(scores, base, config, name), config, base)
-    _install(base, cast(Any, model).peft_config, name, config, selection)
     _finish_head(head, probe)
+    _install(base, cast(Any, model).peft_config, name, config, selection)
     if progress and processes(accelerator)[0] == 0:
         print(selection.summary())
     return selection
@@ -141,6 +142,8 @@ def _fit_head(
 
 
 def _find_adapter(model: nn.Module, adapter_name: str | None) -> tuple[nn.Module, str, TRPTSConfig]:
+    if torch.is_inference_mode_enabled():
+        raise ValueError("`calibrate` must make trainable parameters, got `torch.inference_mode`: call it outside.")
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, dict) or not configs:
         raise ValueError("`model` must hold a TR-PTS adapter, got a model without: use `get_peft_model` first.")
@@ -201,7 +204,7 @@ def _probe(base: nn.Module, batches: Batches, head: Head, progress: bool) -> Lin
         raise ValueError(
             "`model` must have finite features, got others in front of its head: check weights and inputs."
         )
-    probe = fit_linear_probe(features, labels, num_labels(head))
+    probe = fit_linear_probe(features, labels, num_labels(head), fit_bias=head.linear.bias is not None)
     if batches.world > 1:
         for tensor in (probe.weight, probe.bias):
             tensor.copy_(broadcast(tensor.to(batches.device)))
@@ -249,6 +252,8 @@ def _install(
         layer = base.get_submodule(name)
         assert isinstance(layer, TRPTSLinear)
         layer.replace_columns(adapter_name, columns)
+    if not any(layer.trpts_values[adapter_name].requires_grad for _, layer in adapted_linears(base, adapter_name)):
+        logger.warning("Adapter '%s' is not trainable: activate it, or load it with `is_trainable=True`.", adapter_name)
     install_keep_rates(base, adapter_name, dict.fromkeys(selection.token_layers, config.keep_rate))
     calibrated = copy.deepcopy(config)
     calibrated.connections = dict(selection.connections)

@@ -126,7 +126,7 @@ def check_state_dict(
 
 def _check_token_layers(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
     marker = f".trpts_keep_ppm.{adapter_name}"
-    stored = {key: int(value) for key, value in state_dict.items() if marker in key or key.endswith(".trpts_keep_ppm")}
+    stored = {key: int(value) for key, value in state_dict.items() if key.endswith((marker, ".trpts_keep_ppm"))}
     own = {
         f"{name}{marker}": in_millionths(rate)
         for name, module in model.named_modules()

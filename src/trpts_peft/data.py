@@ -40,7 +40,7 @@ class Batches:
             DataLoader over a map-style data set, the data set, the collate function and a sampler that leaves samples
             out are used; its order is not. Other DataLoaders are iterated as they are.
         model: the model, for the inputs that it takes and its device.
-        num_samples: how many samples to use, evenly spaced over the data (the first ones of an iterable); None: all.
+        num_samples: how many samples to use, drawn with a fixed seed (the first ones of an iterable); None: all.
         batch_size: samples per batch; a DataLoader over an iterable keeps its own.
         rank, world: this process, and their number.
 
@@ -83,7 +83,9 @@ class Batches:
         if not indices:
             raise ValueError("`data` must hold at least one sample, got none.")
         wanted = len(indices) if self.num_samples is None else min(self.num_samples, len(indices))
-        chosen = [indices[i * len(indices) // wanted] for i in range(wanted)]
+        # Drawn, not counted off in equal steps: labels that come in turn would fall into step with those.
+        drawn = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))[:wanted]
+        chosen = [indices[i] for i in sorted(drawn.tolist())]
         batches = [chosen[i : i + self.batch_size] for i in range(0, wanted, self.batch_size)]
 
         def checked(samples: list[Any]) -> Any:

@@ -31,7 +31,7 @@ class FisherScores(Mapping[str, Tensor]):
     """
 
     def __init__(self, scores: Mapping[str, Tensor], num_samples: int) -> None:
-        self._scores = dict(scores)
+        self._scores = {name: score.float() for name, score in scores.items()}
         self.num_samples = num_samples
 
     def __getitem__(self, name: str) -> Tensor:

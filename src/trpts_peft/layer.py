@@ -17,9 +17,10 @@ from .tuner_layer import TRPTSLayer
 __all__ = ["TRPTSLinear"]
 
 _FINGERPRINT_SIZE = 64
+_GOLDEN = 2654435769  # 2³² over the golden ratio
 
 
-def _check_loaded_columns(layer: nn.Module, _incompatible_keys: object) -> None:
+def _refresh_loaded_columns(layer: nn.Module, _incompatible_keys: object) -> None:
     """Bring what follows from the columns up to date after any `load_state_dict`."""
     assert isinstance(layer, TRPTSLinear)
     for adapter_name in layer.trpts_columns:
@@ -74,7 +75,7 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
         self.fresh: set[str] = set()  # adapters injected, but neither calibrated nor loaded since
-        self.register_load_state_dict_post_hook(_check_loaded_columns)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_refresh_loaded_columns)  # type: ignore[no-untyped-call]
 
     # ---- state of one adapter ----
 
@@ -140,6 +141,12 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         self.trpts_fingerprint[adapter_name] = self.base_fingerprint()
         self.refresh(adapter_name)
 
+    def enable_adapters(self, enabled: bool) -> None:
+        """Enable or disable the adapters; disabling unmerges at once, as it does in the token selection."""
+        super().enable_adapters(enabled)
+        if not enabled and self.merged:
+            self.unmerge()
+
     def is_trained(self, adapter_name: str) -> bool:
         """Whether the adapter changes the layer, as far as a zero start tells."""
         parts = [part[adapter_name] for part in (self.trpts_values, self.trpts_bias) if adapter_name in part]
@@ -161,10 +168,13 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         return weight
 
     def base_fingerprint(self) -> Tensor:
-        """Up to 64 evenly spaced entries of the unmerged base weight, float32: enough to tell one base from another."""
+        """Up to 64 entries of the unmerged base weight, float32: enough to tell one base from another.
+
+        The places are those of multiples of the golden ratio, which fall into step with neither rows nor columns.
+        """
         entries = self.unmerged_weight().reshape(-1)
-        size = min(_FINGERPRINT_SIZE, entries.numel())
-        return entries[torch.arange(size, device=entries.device) * entries.numel() // size].float()
+        turns = torch.arange(min(_FINGERPRINT_SIZE, entries.numel()), device=entries.device) * _GOLDEN % 2**32
+        return entries[turns * entries.numel() // 2**32].float()
 
     # ---- forward ----
 
@@ -191,7 +201,7 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         if type(self.base_layer) is not nn.Linear or weight.requires_grad or _has_hooks(self.base_layer):
             y = added_linear(self._base_forward(x), x, values, used, slots)
             return y if bias is None else y + bias.to(y.dtype)
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # which autocast leaves alone
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.base_layer.bias is not None:
             bias = self.base_layer.bias if bias is None else self.base_layer.bias + bias

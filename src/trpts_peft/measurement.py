@@ -30,6 +30,8 @@ LABELS = ("dataset", "model")
 @contextmanager
 def base_weights(model: nn.Module) -> Iterator[None]:
     """Within, the model runs with its base weights and all of its tokens; what adapters train is left alone."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError("Scores need gradients, got `torch.inference_mode`: call this outside of it.")
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     for layer in layers:
         if layer.merged:
@@ -168,7 +170,7 @@ def estimate_fisher(
             not augment.
         score: `"fisher"`, or `"gradient"` for the absolute value of the mean gradient (GPS).
         target_modules: names of linears, as in `TRPTSConfig`; None: those of the adapter, else the family's default.
-        num_samples: how many samples to use, evenly spaced over the data; None: all.
+        num_samples: how many samples to use, drawn with a fixed seed; None: all.
         batch_size: samples per forward pass.
         loss_fn: `loss_fn(outputs, labels)`, one loss per sample, (B,); None: cross-entropy of `outputs.logits`.
         labels: `"dataset"`, or `"model"` to draw them from the prediction (the true Fisher information).
@@ -196,7 +198,7 @@ def estimate_fisher(
 
 def _linears_to_score(base: nn.Module, target_modules: list[str] | str | None) -> dict[str, nn.Linear]:
     if target_modules is None:
-        adapted = [m for m in base.modules() if isinstance(m, TRPTSLinear)]
+        adapted = [m for m in base.modules() if isinstance(m, TRPTSLinear) and m.active_adapters]
         if adapted:
             return targeted_linears(base, None, adapted[0].active_adapters[0])
         family = find_family(base)

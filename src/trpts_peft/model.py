@@ -24,6 +24,7 @@ from .vit import (
     check_no_fixed_selection,
     check_token_layers,
     drop_idle_selections,
+    forget_token_selection,
     install_keep_rates,
     remove_token_selection,
     token_selections,
@@ -66,6 +67,7 @@ class TRPTSModel(BaseTuner):
         if layers:
             argument = "token_layers" if peft_config.selected_token_layers is None else "selected_token_layers"
             check_token_layers(model, layers, argument)
+        if layers or (peft_config.connections is None and peft_config.token_layers):
             check_no_fixed_selection(model)
         adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         for name, module in model.named_modules():
@@ -166,10 +168,15 @@ class TRPTSModel(BaseTuner):
 
     def _check_merge(self, adapter_names: list[str], safe_merge: bool) -> None:
         """Refuse before any layer is merged: a model merged by half is of no use."""
-        self._check_alike(adapter_names)
+        self._check_alike(self._merged_with(adapter_names))
         for module in self.model.modules():
             if safe_merge and isinstance(module, TRPTSLinear):
                 module.check_merge([name for name in adapter_names if name not in module.merged_adapters])
+
+    def _merged_with(self, adapter_names: list[str]) -> list[str]:
+        """The adapters that are merged already and those that are to be, in this order."""
+        linears = [module for module in self.model.modules() if isinstance(module, TRPTSLinear)]
+        return list(dict.fromkeys([*(name for linear in linears for name in linear.merged_adapters), *adapter_names]))
 
     def _check_alike(self, adapter_names: list[str]) -> None:
         for selection in _selections(self.model):
@@ -206,8 +213,8 @@ class TRPTSModel(BaseTuner):
             keep_token_selection: False returns a plain model, whose outputs differ where tokens were selected. True
                 leaves the rates in `config.trpts_keep_rates`, for `apply_token_selection` after `from_pretrained`.
         """
-        names = adapter_names or self.active_adapters
-        self._check_merge(names, safe_merge)
+        self._check_merge(adapter_names or self.active_adapters, safe_merge)
+        names = self._merged_with(adapter_names or self.active_adapters)
         enabled = any(selection.enabled for selection in _selections(self.model))
         rates = {
             index: rate
@@ -220,7 +227,9 @@ class TRPTSModel(BaseTuner):
         remove_token_selection(model)
         if rates and enabled and keep_token_selection:
             apply_token_selection(model, rates)
-        elif rates and not keep_token_selection:
+        elif not keep_token_selection or not token_selections(model):
+            forget_token_selection(model)
+        if rates and not keep_token_selection:
             logger.warning("Token selection is dropped: the outputs of the merged model differ from the adapter's.")
         return model
 
@@ -231,6 +240,8 @@ class TRPTSModel(BaseTuner):
         _restore_modules(self.model)
         model: nn.Module = super().unload()
         remove_token_selection(model)
+        if not token_selections(model):
+            forget_token_selection(model)
         _restore_trainable(model, self.trainable_before)
         return model
 
@@ -270,6 +281,8 @@ class TRPTSModel(BaseTuner):
         for name, layer in adapted_linears(model, adapter_name):
             key = f"{name}.trpts_columns.{adapter_name}"
             tensors[key] = unpack_columns(tensors[key])
+            if config.allow_other_base:  # the base was accepted: it is the adapter's from now on
+                tensors[f"{name}.trpts_fingerprint.{adapter_name}"] = layer.base_fingerprint()
             layer.fresh.discard(adapter_name)
         return tensors
 
@@ -376,21 +389,27 @@ def _withdraw(model: nn.Module, adapter_name: str) -> None:
     for key, hook in list(base._forward_pre_hooks.items()):
         if isinstance(hook, _LoadCheck) and (not others or hook.adapter_name == adapter_name):
             del base._forward_pre_hooks[key]
+    _unwrap_idle(base)
     if not others:
         _strip(base, trainable)
 
 
 def _strip(base: nn.Module, trainable: frozenset[str]) -> None:
-    """Undo an injection: original modules in their places, trainable what was trainable."""
-    for name, module in list(base.named_modules()):
-        if isinstance(module, TRPTSLinear):
-            parent, _, child = name.rpartition(".")
-            setattr(base.get_submodule(parent), child, module.base_layer)
-    _restore_modules(base)
+    """Undo what else an injection has done: no configs, trainable what was trainable."""
     del cast(Any, base).peft_config
     if hasattr(base, "_hf_peft_config_loaded"):
         cast(Any, base)._hf_peft_config_loaded = False
     _restore_trainable(base, trainable)
+
+
+def _unwrap_idle(base: nn.Module) -> None:
+    """Put the base's own modules in the places of wrappers that no adapter uses any more."""
+    for name, module in list(base.named_modules()):
+        parent, _, child = name.rpartition(".")
+        if isinstance(module, TRPTSLinear) and not len(module.trpts_values):
+            setattr(base.get_submodule(parent), child, module.base_layer)
+        elif isinstance(module, ModulesToSaveWrapper) and not len(module.modules_to_save):
+            setattr(base.get_submodule(parent), child, module.original_module)
 
 
 def _restore_modules(base: nn.Module) -> None:

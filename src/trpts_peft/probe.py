@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["LinearProbe", "fit_linear_probe"]
+
+logger = logging.getLogger(__name__)
 
 # Strengths of the L2 penalty to choose from, strongest first; relative to the mean loss, whatever the data's size.
 STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
@@ -54,6 +57,9 @@ def _fit(features: Tensor, labels: Tensor, strength: float, start: Tensor) -> Te
 
     with torch.enable_grad():
         solver.step(closure)
+    steepest = float(weight.grad.abs().max()) if weight.grad is not None else 0.0
+    if steepest > 1e-3:
+        logger.warning("The linear probe stopped at a gradient of %.1e: its features differ much in scale.", steepest)
     return weight.detach()
 
 
@@ -63,10 +69,8 @@ def _accuracy(features: Tensor, labels: Tensor, weight: Tensor) -> float:
 
 def _folds(labels: Tensor) -> Tensor:
     """The fold of each sample, int64 (n,): the samples of each class take turns, in their order."""
-    order = labels.argsort(stable=True)
-    first = torch.searchsorted(labels[order], labels[order])
     folds = torch.empty_like(labels)
-    folds[order] = (torch.arange(len(labels)) - first) % FOLDS
+    folds[labels.argsort(stable=True)] = torch.arange(len(labels)) % FOLDS
     return folds
 
 
@@ -82,7 +86,7 @@ def _held_out(features: Tensor, labels: Tensor, strength: float, starts: list[Te
     return sum(losses) / FOLDS, sum(accuracies) / FOLDS
 
 
-def fit_linear_probe(features: Tensor, labels: Tensor, num_labels: int) -> LinearProbe:
+def fit_linear_probe(features: Tensor, labels: Tensor, num_labels: int, *, fit_bias: bool = True) -> LinearProbe:
     """Multinomial logistic regression of `labels` on `features`, L2-regularised, bias included.
 
     Minimises mean cross-entropy + λ/2 (‖W‖² + ‖b‖²) by L-BFGS in float64, until no entry of the gradient exceeds 1e-7
@@ -94,15 +98,17 @@ def fit_linear_probe(features: Tensor, labels: Tensor, num_labels: int) -> Linea
         features: (n, d), the inputs of the head.
         labels: int64 (n,), below `num_labels`.
         num_labels: rows of the head.
+        fit_bias: whether the head has a bias; without, the one returned is zero.
     """
-    features = torch.cat([features.double(), torch.ones(len(features), 1, dtype=torch.float64)], dim=1)
+    constant = torch.full((len(features), 1), float(fit_bias), dtype=torch.float64)
+    features = torch.cat([features.double(), constant], dim=1)
     zero = torch.zeros(features.shape[1], num_labels, dtype=torch.float64)
     strength, loss, accuracy = 1e-2, float("nan"), float("nan")
     if len(labels) >= 2 * FOLDS:
         starts, best = [zero] * FOLDS, float("inf")
         for candidate in STRENGTHS:
             loss_there, accuracy_there = _held_out(features, labels, candidate, starts)
-            if loss_there > best - LEAST_GAIN:
+            if not loss_there <= best - LEAST_GAIN:
                 break
             best = loss_there
             strength, loss, accuracy = candidate, loss_there, accuracy_there

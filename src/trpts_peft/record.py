@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .families import find_blocks
 from .vit import token_selections
 
 __all__ = ["BlockRecord", "TokenRecord", "record_tokens"]
@@ -32,25 +33,34 @@ class BlockRecord:
 class TokenRecord(dict[int, BlockRecord]):
     """{block index: what it did}, for the blocks that selected tokens."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: list[tuple[list[int], dict[int, int]]] | None = None  # per sample of the present pass
+
+    def _start_pass(self) -> None:
+        self._last = None
+
     def _add(self, block: int, importance: Tensor, kept: Tensor) -> None:
         record = self.setdefault(block, BlockRecord([], [], []))
-        for scores, indices in zip(importance.detach().cpu(), kept.cpu(), strict=True):
-            self._add_sample(block, record, scores, indices.tolist())
+        before = self._last or [(list(range(importance.shape[1])), {}) for _ in importance]
+        self._last = [
+            _trace(block, patches, merged, indices.tolist())
+            for (patches, merged), indices in zip(before, kept.cpu(), strict=True)
+        ]
+        record.kept.extend(torch.tensor(patches, dtype=torch.int64) for patches, _ in self._last)
+        record.merged.extend(merged for _, merged in self._last)
+        record.importance.extend(importance.detach().cpu())
 
-    def _add_sample(self, block: int, record: BlockRecord, importance: Tensor, kept: list[int]) -> None:
-        sample = len(record.kept)
-        before = max((other for other in self if other < block), default=None)
-        patches = list(range(len(importance))) if before is None else self[before].kept[sample].tolist()
-        merged = {} if before is None else dict(self[before].merged[sample])
-        # Tokens in front of the block: patches of their own, then at most one token per earlier merging block.
-        tokens: list[list[int]] = [[patch] for patch in patches]
-        for earlier in sorted(set(merged.values())):
-            tokens.append([patch for patch, home in merged.items() if home == earlier])
-        gone = set(range(len(tokens))) - set(kept)
-        merged.update({patch: block for token in gone for patch in tokens[token]})
-        record.kept.append(torch.tensor([p for t, p in enumerate(patches) if t in kept], dtype=torch.int64))
-        record.merged.append(merged)
-        record.importance.append(importance)
+
+def _trace(block: int, patches: list[int], merged: dict[int, int], kept: list[int]) -> tuple[list[int], dict[int, int]]:
+    """Patches that are still tokens of their own behind the block, and {patch: block whose merged token it is in}."""
+    # Tokens in front of the block: patches of their own, then one token per earlier block whose merged token is left.
+    tokens = [[patch] for patch in patches]
+    for earlier in sorted(set(merged.values())):
+        tokens.append([patch for patch, home in merged.items() if home == earlier])
+    gone = set(range(len(tokens))) - set(kept)
+    left = [patch for token, patch in enumerate(patches) if token not in gone]
+    return left, {**merged, **{patch: block for token in gone for patch in tokens[token]}}
 
 
 @contextmanager
@@ -64,7 +74,8 @@ def record_tokens(model: nn.Module) -> Iterator[TokenRecord]:
         A record that fills up as the model runs: samples are appended in the order in which they pass.
 
     Raises:
-        ValueError: no block of the model selects tokens.
+        ValueError: no block of the model selects tokens; or, at a forward pass, it trains with gradient
+            checkpointing.
     """
     selections = token_selections(model)
     if not selections:
@@ -77,7 +88,16 @@ def record_tokens(model: nn.Module) -> Iterator[TokenRecord]:
 
         return hook
 
+    def start_pass(first_block: nn.Module, _args: object) -> None:
+        if first_block.training and getattr(first_block, "gradient_checkpointing", False):
+            raise ValueError(
+                "`model` must not run blocks again while tokens are recorded, got gradient checkpointing: "
+                "call `model.eval()`."
+            )
+        record._start_pass()
+
     handles = [selection.register_forward_hook(watch(block)) for block, selection in selections.items()]  # type: ignore[arg-type]
+    handles.append(find_blocks(model)[0][1].register_forward_pre_hook(start_pass))
     try:
         yield record
     finally:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from .config import TRPTSConfig
@@ -23,7 +24,7 @@ __all__ = ["Selection", "select", "unit_of"]
 _BLOCK = re.compile(r"^(.*?\.\d+)\.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Selection:
     """What an adapter trains and where it selects tokens.
 
@@ -95,6 +96,7 @@ def select(scores: FisherScores, config: TRPTSConfig, model: nn.Module) -> Selec
             candidate blocks than token layers are asked for.
     """
     _check_scores(scores)
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
     units = {name: unit_of(name, config.allocation_unit) for name in scores}
     shapes = {name: (score.shape[0], score.shape[1]) for name, score in scores.items()}
     counts = top_counts(scores, units, config.top_percent)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = ["added_linear", "compose_weight", "composed_linear", "index_columns"]
 
@@ -41,6 +42,7 @@ class _ComposedLinear(torch.autograd.Function):
         return F.linear(x, compose_weight(weight, columns, values).to(x.dtype), bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x_used, weight, columns, values, slots = ctx.saved_tensors
         grad_x = grad_bias = grad_values = None

@@ -95,11 +95,11 @@ class AdapterTokenSelection(TokenSelection, TRPTSLayer):
         """
         if self.disable_adapters or not self.enabled:
             return None
-        return self._below_one(self.rate_of(self.merged_adapters or self.active_adapters))
+        return self.rate_of(self.merged_adapters or self.active_adapters)
 
     def rate_of(self, adapter_names: list[str]) -> float | None:
-        """The rate that the named adapters share in this block."""
-        rates = [self.keep_rates.get(name) for name in adapter_names]
+        """The rate below one that the named adapters share in this block; None if all tokens stay."""
+        rates = [self._below_one(self.keep_rates.get(name)) for name in adapter_names]
         if any(rate != rates[0] for rate in rates):
             raise ValueError(
                 "Adapters used together must select tokens alike, got in one block the rates "
@@ -122,9 +122,13 @@ class AdapterTokenSelection(TokenSelection, TRPTSLayer):
         """Set the rate of an adapter here; None if it selects nothing in this block."""
         self.keep_rates[adapter_name] = rate
         if rate is not None:
-            self.trpts_keep_ppm[adapter_name] = torch.tensor(in_millionths(rate))
+            self.trpts_keep_ppm[adapter_name] = torch.tensor(in_millionths(rate), device=self._device())
         elif adapter_name in self.trpts_keep_ppm:
             del self.trpts_keep_ppm[adapter_name]
+
+    def _device(self) -> torch.device | None:
+        """That of the blocks: DDP hands buffers around on one device."""
+        return next(self._blocks[0].parameters()).device if self._blocks else None
 
     def expect_file(self, adapter_name: str) -> None:
         """Put a value that no file holds where a loader has to put the file's."""
@@ -145,7 +149,7 @@ class AdapterTokenSelection(TokenSelection, TRPTSLayer):
         """Follow `disable_adapter` and its end."""
         super().enable_adapters(enabled)
         if not enabled:
-            self.merged_adapters = []  # a disabled linear unmerges at its next forward
+            self.merged_adapters = []  # a disabled linear unmerges, too
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget the adapter; blocks in which no other one selects tokens get their stock classes back."""
@@ -385,8 +389,17 @@ def check_no_fixed_selection(model: nn.Module) -> None:
     if any(not isinstance(s, AdapterTokenSelection) for s in token_selections(model).values()):
         raise ValueError(
             "`model` must not select tokens at fixed rates when an adapter does, got one that does: call "
-            "`apply_token_selection(model, {})` first."
+            "`apply_token_selection(model, {})` before it gets an adapter, or set `token_layers=0`."
         )
+
+
+def forget_token_selection(model: nn.Module) -> None:
+    """Drop fixed rates, and those that a config carries from a merged model."""
+    for block in _blocks_of(model):
+        if getattr(block, _CHILD, None) is not None:
+            delattr(block, _CHILD)
+    _refresh_classes(_blocks_of(model))
+    _write_rates(getattr(model, "config", None), {})
 
 
 def set_token_selection(model: nn.Module, enabled: bool) -> None:

@@ -87,6 +87,7 @@ def add_weighted_adapter(
     sums = {name: _sum_of(layer, adapters, weights) for name, layer in used.items()}
     config.target_modules, config.exclude_modules = sorted(used), None
     config.layers_to_transform = config.layers_pattern = None
+    config.modules_to_save = sorted({name for other in configs for name in other.modules_to_save or ()}) or None
     config.train_bias = any(other.train_bias for other in configs)
     config.connections = {name: columns.shape[1] for name, (columns, _) in sums.items()}
     tuner.peft_config[adapter_name] = config

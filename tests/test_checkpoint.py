@@ -227,8 +227,10 @@ def test_other_dtype_of_the_same_base_passes(saved: Path, dtype: torch.dtype) ->
 
 
 def test_float32_base_of_a_16_bit_adapter_passes(tmp_path: Path) -> None:
-    adapted(build_vit().bfloat16()).save_pretrained(tmp_path)
-    PeftModel.from_pretrained(build_vit(), tmp_path)
+    narrow = adapted(build_vit().bfloat16())
+    narrow.save_pretrained(tmp_path)
+    wide = PeftModel.from_pretrained(build_vit(), tmp_path)
+    assert torch.equal(*(m.get_submodule(LINEAR).trpts_columns["default"] for m in (wide, narrow)))
 
 
 def test_fingerprint_is_of_the_unmerged_base(tmp_path: Path) -> None:

@@ -129,6 +129,8 @@ def test_defaults_are_those_of_the_design():
 def test_token_layers_may_be_any_collection_of_indices():
     assert TRPTSConfig(token_layers=(9, 3)).token_layers == [3, 9]
     assert TRPTSConfig(token_layers=range(2)).token_layers == [0, 1]
+    with pytest.raises(ValueError, match="`token_layers`"):
+        TRPTSConfig(token_layers=(1, "a"))
 
 
 def test_fixed_token_layers_are_those_of_calibration_else_a_list():

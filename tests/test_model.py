@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModel, PeftModel, get_peft_model
+from peft import AutoPeftModel, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import ViTForImageClassification
 
@@ -603,3 +603,16 @@ def test_rates_that_nobody_asked_for_do_not_stay_in_the_config(leave: str) -> No
 def test_mixed_batch_of_adapters_at_rate_one() -> None:
     model = adapter(keep_rate=1.0)
     assert torch.allclose(predict(model, adapter_names=["default"] * 2), predict(model), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Already found:UserWarning")
+def test_a_calibrated_config_injected_without_a_file_starts_as_the_identity() -> None:
+    """Beside another adapter, on linears of its own, where transformers' loader would have put a file's tensors."""
+    base = build_vit()
+    inject_adapter_in_model(TRPTSConfig(target_modules=["fc1"]), base, "a")
+    connections = {f"vit.layers.{index}.attention.q_proj": 2 for index in range(4)}
+    config = TRPTSConfig(target_modules=["q_proj"], connections=connections, selected_token_layers=[])
+    inject_adapter_in_model(config, base, "b")
+    assert torch.equal(predict(base), predict(build_vit()))
+    columns = base.vit.layers[0].attention.q_proj.trpts_columns["b"]
+    assert int(columns.min()) >= 0

@@ -170,3 +170,12 @@ def test_weights_are_finite_numbers(weights: Any) -> None:
     with pytest.raises((ValueError, TypeError), match="`weights`"):
         model.base_model.add_weighted_adapter(["a", "b"], weights, "sum")
     assert before == (list(model.state_dict()), list(model.peft_config))
+
+
+def test_adapters_of_different_blocks_are_all_in_the_sum() -> None:
+    model = adapters({"layers_to_transform": [1]}, {"layers_to_transform": [2]})
+    model.base_model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum")
+    blocks = {name.split(".")[2] for name in model.peft_config["sum"].connections}
+    assert blocks == {"1", "2"} and model.peft_config["sum"].layers_to_transform is None
+    held = [name for name, m in model.get_base_model().named_modules() if "sum" in getattr(m, "trpts_values", {})]
+    assert {name.split(".")[2] for name in held} == blocks

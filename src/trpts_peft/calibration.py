@@ -56,7 +56,7 @@ def calibrate(
     accelerator: Accelerator | None = None,
     progress: bool = True,
 ) -> Selection:
-    """Decide, from data, which connections an adapter trains and which blocks select tokens, and set it up so.
+    """Decide from data which connections an adapter trains and which blocks select tokens; set it up so, and return it.
 
     Comes before optimizer, DDP and `torch.compile`: the adapter's parameters, and its config in `model.peft_config`,
     are replaced. The update starts at zero.

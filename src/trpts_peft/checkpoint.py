@@ -186,8 +186,10 @@ def check_adapter(model: nn.Module, config: TRPTSConfig, adapter_name: str) -> N
     if any(loaded) and not all(loaded):
         missing = f"{len(loaded) - sum(loaded)} of {len(loaded)} missing"
         _refuse("parameters", "all in the file", missing, "the file does not fit its `adapter_config.json`")
-    if not any(loaded):
+    if not any(loaded) and config.connections is not None:
+        for layer in layers:
+            layer.expect_no_file(adapter_name)
         for module in model.modules():
-            if isinstance(module, (TRPTSLinear, AdapterTokenSelection)) and config.connections is not None:
+            if isinstance(module, AdapterTokenSelection):
                 module.expect_no_file(adapter_name)
     check_state_dict(model, config, adapter_name, model.state_dict())

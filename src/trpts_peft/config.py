@@ -212,9 +212,10 @@ class TRPTSConfig(PeftConfig):
         _check_real("keep_rate", self.keep_rate, 0, 1)
         _check_word("token_placement", self.token_placement, _PLACEMENTS)
         if isinstance(self.token_layers, (tuple, set, range)):
-            self.token_layers = sorted(self.token_layers)
+            self.token_layers = list(self.token_layers)
         if isinstance(self.token_layers, list):
             self._check_indices("token_layers", self.token_layers)
+            self.token_layers = sorted(self.token_layers)
         else:
             _check_count("token_layers", self.token_layers, 0)
 

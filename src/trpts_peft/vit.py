@@ -140,10 +140,9 @@ class AdapterTokenSelection(TokenSelection, TRPTSLayer):
         self.set_rate(adapter_name, self.keep_rates.get(adapter_name))
 
     def follow(self, layer: TRPTSLayer) -> None:
-        """Take over from another layer which adapter is active, disabled, merged."""
+        """Take over from another layer which adapter is active, and whether it is disabled."""
         self._active_adapter = list(layer.active_adapters)
         self._disable_adapters = layer.disable_adapters
-        self.merged_adapters = list(layer.merged_adapters)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Follow `disable_adapter` and its end."""

@@ -30,6 +30,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from digits import IMAGE_SIZE, Batch, Digits, split_digits
 from measure import accuracy, file_bytes, inference, relative_times, saved_activation_bytes, training_step
+from tables import markdown_table
 from trpts_peft import Selection, TRPTSConfig, calibrate, plot_layer_importance, plot_overlap, plot_tokens
 
 OUTPUT = Path(__file__).resolve().parents[1] / "runs" / "demo"
@@ -138,7 +139,7 @@ def make_rows(arms: Arms, test: Batch) -> list[Row]:
     small = {key: value[:BATCH_SIZE] for key, value in test.items()}
     large = {key: value[:TIMED_BATCH] for key, value in test.items()}
     size = sum(p.numel() for p in deployed["full"].parameters())
-    training = relative_times({name: training_step(model, large) for name, (model, _) in arms.items()}, "full")
+    training = relative_times({name: partial(training_step(model), large) for name, (model, _) in arms.items()}, "full")
     predicting = relative_times({name: inference(model, large) for name, model in deployed.items()}, "full")
     return [
         Row(
@@ -162,13 +163,13 @@ def _merged(model: nn.Module) -> nn.Module:
 
 def to_markdown(rows: list[Row]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| " + " | ".join(HEADINGS) + " |", "| --- |" + " ---: |" * (len(HEADINGS) - 1)]
-    for row in rows:
-        cells = [row.method, f"{row.learning_rate:g}", f"{row.accuracy_percent:.1f}", f"{row.trainable_percent:.2f}"]
-        cells += [f"{row.file_bytes:,}", f"{row.training_time:.2f}", f"{row.inference_time:.2f}"]
-        cells += [f"{row.saved_activation_bytes:,}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return markdown_table(HEADINGS, [_cells(row) for row in rows])
+
+
+def _cells(row: Row) -> list[str]:
+    cells = [row.method, f"{row.learning_rate:g}", f"{row.accuracy_percent:.1f}", f"{row.trainable_percent:.2f}"]
+    cells += [f"{row.file_bytes:,}", f"{row.training_time:.2f}", f"{row.inference_time:.2f}"]
+    return [*cells, f"{row.saved_activation_bytes:,}"]
 
 
 # ---- what is written ----

@@ -1,4 +1,4 @@
-"""What the demo measures besides accuracy: time relative to a reference, memory kept for backward, size of a file."""
+"""What demo and benchmarks measure besides accuracy: relative time, memory, size of a file."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
-from digits import Batch
+Batch = Mapping[str, Tensor]
 
 
 @torch.no_grad()
@@ -23,11 +24,11 @@ def accuracy(model: nn.Module, batch: Batch) -> float:
     return 100 * (logits.argmax(dim=-1) == batch["labels"]).double().mean().item()
 
 
-def training_step(model: nn.Module, batch: Batch) -> Callable[[], None]:
-    """Forward, backward and Adam update on one batch, ready to be called again and again."""
+def training_step(model: nn.Module) -> Callable[[Batch], None]:
+    """Forward, backward and Adam update on a batch, ready to be called again and again."""
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.0)  # changes no weight
 
-    def step() -> None:
+    def step(batch: Batch) -> None:
         model.train()
         optimizer.zero_grad()
         model(**batch).loss.backward()
@@ -46,26 +47,66 @@ def inference(model: nn.Module, batch: Batch) -> Callable[[], None]:
     return predict
 
 
-def relative_times(actions: Mapping[str, Callable[[], None]], reference: str, repeats: int = 11) -> dict[str, float]:
-    """Processor time of each action over that of `actions[reference]`: the median over rounds that run each once.
+def relative_times(actions: Mapping[str, Callable[[], object]], reference: str, repeats: int = 11) -> dict[str, float]:
+    """Processor time of each action over that of `actions[reference]`: medians of the ratios within a round."""
+    seconds = interleaved_seconds(actions, repeats)
+    return {name: median_ratio(values, seconds[reference]) for name, values in seconds.items()}
 
-    Ratios within a round, so that a machine that slows down for a while slows both sides. For one thread: threads that
-    wait for each other use processor time too.
+
+def interleaved_seconds(actions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each action, in rounds that run each once, so that a machine that slows down slows all of them.
+
+    Processor time on a CPU, for one thread: threads that wait for each other use processor time too. On a GPU, time
+    until it has finished.
     """
-    ratios: dict[str, list[float]] = {name: [] for name in actions}
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
     for action in actions.values():
         action()  # the first call allocates
     for _ in range(repeats):
-        seconds = {name: _processor_seconds(action) for name, action in actions.items()}
-        for name in actions:
-            ratios[name].append(seconds[name] / seconds[reference])
-    return {name: statistics.median(values) for name, values in ratios.items()}
+        for name, action in actions.items():
+            seconds[name].append(_seconds(action))
+    return seconds
 
 
-def _processor_seconds(action: Callable[[], None]) -> float:
-    start = time.process_time()
+def median_ratio(seconds: list[float], reference: list[float]) -> float:
+    """The median over rounds of the ratio within a round."""
+    return statistics.median(mine / its for mine, its in zip(seconds, reference, strict=True))
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    clock = time.perf_counter if torch.cuda.is_initialized() else time.process_time
+    start = clock()
     action()
-    return time.process_time() - start
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return clock() - start
+
+
+def peak_bytes(action: Callable[[], object]) -> int:
+    """The most memory that the tensors which the action makes take at a time, temporary ones included.
+
+    What was there before does not count; what the action frees of it is subtracted from then on.
+    """
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        action()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        action()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def resident_bytes(*tensors: Tensor) -> int:
+    """Bytes of the tensors' storages, each counted once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
 
 
 def saved_activation_bytes(model: nn.Module, batch: Batch) -> int:
@@ -74,9 +115,10 @@ def saved_activation_bytes(model: nn.Module, batch: Batch) -> int:
     sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in resident:
-            sizes[storage.data_ptr()] = storage.nbytes()
+        for part in (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,):
+            storage = part.untyped_storage()
+            if storage.data_ptr() not in resident:
+                sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -67,7 +67,7 @@ def test_the_collector_equals_a_batch_of_one_loop(tiny_vit, labelled_images):
         batch = data.batch()
         collector.add(per_sample_cross_entropy(model(batch["pixel_values"]), batch["labels"]))
     assert collector.num_samples == 5
-    assert_scores(collector.result(collector.sums, 5), naive_fisher(model, data))
+    assert_scores(collector.result(lambda total: total), naive_fisher(model, data))
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 1}, {"batch_size": 7}, {"workspace_mb": 1e-3}])
@@ -176,6 +176,17 @@ def test_inputs_without_a_token_axis_are_samples():
         loss = F.cross_entropy(model(x[i : i + 1]), torch.tensor([i % 3]))
         expected += torch.autograd.grad(loss, model[0].weight)[0] ** 2
     torch.testing.assert_close(collector.sums["0"].float(), expected, rtol=1e-4, atol=1e-9)
+
+
+def test_sums_are_given_up_one_by_one(tiny_vit, labelled_images):
+    model, batch = tiny_vit(), labelled_images(3).batch()
+    collector = FisherCollector(linears_of(model), "fisher", 256)
+    with collector.collecting(model):
+        collector.add(per_sample_cross_entropy(model(batch["pixel_values"]), batch["labels"]))
+    left = []
+    scores = collector.result(lambda total: left.append(len(collector.sums)) or 2 * total)
+    assert left == [24, *range(23, -1, -1)]  # the count first
+    assert scores.num_samples == 6
 
 
 def test_a_linear_that_is_called_twice_is_refused():

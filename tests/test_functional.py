@@ -44,17 +44,46 @@ def test_squared_gradient_sum_does_not_flatten_tokens_into_the_batch():
     assert not torch.allclose(TF.squared_gradient_sum(x, g), flattened, rtol=0.1)
 
 
-@pytest.mark.parametrize("workspace_mb", [0, 1e-9, 4 * 24 / 2**20, 2 * 4 * 24 / 2**20, 1e6])
-def test_squared_gradient_sum_is_the_same_in_any_workspace(workspace_mb):
+@pytest.fixture(params=[False, True], ids=["one sample", "many samples"])
+def at_once(request, monkeypatch):
+    """Samples multiplied at once as on a CPU, and as on a GPU."""
+    if request.param:
+        monkeypatch.setattr(TF, "_samples_at_once", lambda device, room: room)
+    return request.param
+
+
+@pytest.mark.parametrize("workspace_mb", [0, 1e-9, 9 * 4 / 2**20, 4 * 24 / 2**20, 2 * 4 * 24 / 2**20, 1e6])
+def test_squared_gradient_sum_is_the_same_in_any_workspace(workspace_mb, at_once):
     x, g = torch.randn(7, 5, 4, dtype=torch.float64), torch.randn(7, 5, 6, dtype=torch.float64)
     torch.testing.assert_close(TF.squared_gradient_sum(x, g, workspace_mb=workspace_mb), per_sample_squares(x, g))
 
 
-def test_squared_gradient_sum_holds_no_more_than_its_workspace(monkeypatch):
+@pytest.mark.parametrize(("entries", "one", "many"), [(3 * 24, [24] * 7, [72, 72, 24]), (9, [8] * 21, [8] * 21)])
+def test_squared_gradient_sum_holds_no_more_than_its_workspace(monkeypatch, at_once, entries, one, many):
     sizes, bmm = [], torch.bmm
-    monkeypatch.setattr(torch, "bmm", lambda a, b: sizes.append(len(a)) or bmm(a, b))
-    TF.squared_gradient_sum(torch.randn(7, 5, 4), torch.randn(7, 5, 6), workspace_mb=3 * 4 * 24 / 2**20)
-    assert sizes == [3, 3, 1]
+    monkeypatch.setattr(torch, "bmm", lambda a, b: (product := bmm(a, b), sizes.append(product.numel()))[0])
+    TF.squared_gradient_sum(torch.randn(7, 5, 4), torch.randn(7, 5, 6), workspace_mb=4 * entries / 2**20)
+    assert sizes == (many if at_once else one)
+
+
+@pytest.mark.parametrize("tokens", [[], [0], [3], [0, 2], [0, 1, 2, 3, 4]])
+def test_squared_gradient_sum_where_only_some_tokens_have_a_gradient(tokens):
+    x, g = torch.randn(3, 5, 4), torch.zeros(3, 5, 6)
+    g[:, tokens] = torch.randn(3, len(tokens), 6)
+    torch.testing.assert_close(TF.squared_gradient_sum(x, g), per_sample_squares(x, g), rtol=1e-4, atol=1e-6)
+
+
+def test_a_token_with_a_gradient_in_one_sample_counts():
+    x, g = torch.randn(3, 5, 4), torch.zeros(3, 5, 6)
+    g[0, 0], g[2, 1] = 1, 2
+    torch.testing.assert_close(TF.squared_gradient_sum(x, g), per_sample_squares(x, g), rtol=1e-4, atol=1e-6)
+
+
+def test_one_token_with_a_gradient_needs_no_gradient_of_each_sample(monkeypatch):
+    x, g = torch.randn(3, 5, 4), torch.zeros(3, 5, 6)
+    g[:, 0] = torch.randn(3, 6)
+    monkeypatch.setattr(torch, "bmm", None)
+    torch.testing.assert_close(TF.squared_gradient_sum(x, g), per_sample_squares(x, g), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("shapes", [((3, 5, 4), (3, 4, 6)), ((2, 5, 4), (3, 5, 6)), ((5, 4), (5, 6))])

@@ -7,15 +7,20 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from trpts_peft.sparse_linear import added_linear, compose_weight, composed_linear, index_columns
+from trpts_peft.sparse_linear import added_linear, compose_weight, index_columns, is_thin, sparse_linear
 
-ROWS, INPUTS = 6, 8
+ROWS, INPUTS = 6, 64
+# Used columns, and what is done with that many: a product of their own; a composed weight; all of the input kept.
+PATHS = {"thin": 3, "composed": 10, "whole input": 40}
 
 
-def case(dtype=torch.float32, columns=None, shape=(2, 5, INPUTS), bias=True):
+def case(dtype=torch.float32, columns=None, shape=(2, 5, INPUTS), bias=True, path="composed"):
     """x, weight, bias, columns, values, with gradients for all but weight and columns."""
     if columns is None:
-        columns = torch.stack([torch.randperm(INPUTS - 2)[:3] for _ in range(ROWS)]).sort(dim=1).values
+        used = torch.randperm(INPUTS)[: PATHS[path]].sort().values
+        slots = torch.stack([torch.roll(torch.arange(len(used)), -7 * o)[: min(7, len(used))] for o in range(ROWS)])
+        columns = used[slots].sort(dim=1).values
+        assert set(columns.flatten().tolist()) == set(used.tolist())
     x = torch.randn(shape).to(dtype).requires_grad_()
     weight = torch.randn(ROWS, INPUTS).to(dtype)
     values = torch.randn(columns.shape).to(torch.promote_types(dtype, torch.float32)).requires_grad_()
@@ -30,12 +35,16 @@ def dense_weight(weight, columns, values):
     return weight + delta
 
 
-def composed(x, weight, bias, columns, values):
-    return composed_linear(x, weight, bias, columns, values, *index_columns(columns))
+def sparse(x, weight, bias, columns, values):
+    return sparse_linear(x, weight, bias, columns, values, *index_columns(columns))
 
 
 def added(x, weight, bias, columns, values):
     return added_linear(F.linear(x, weight, bias), x, values, *index_columns(columns))
+
+
+each_product = pytest.mark.parametrize("product", [sparse, added])
+each_path = pytest.mark.parametrize("path", PATHS)
 
 
 def outputs_and_gradients(product, x, weight, bias, columns, values):
@@ -62,43 +71,100 @@ def test_compose_weight_leaves_the_weight_alone():
     assert torch.equal(weight, before)
 
 
-@pytest.mark.parametrize("product", [composed, added])
+@pytest.mark.parametrize(("path", "thin"), [("thin", True), ("composed", False), ("whole input", False)])
+def test_the_share_of_used_columns_decides_the_path(path, thin):
+    used, _ = index_columns(case(path=path)[3])
+    assert is_thin(len(used), INPUTS) is thin
+
+
+def test_the_limit_between_the_paths():
+    assert [is_thin(used, 768) for used in (1, 38, 39, 768)] == [True, True, False, False]
+
+
+@each_product
+@each_path
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(INPUTS,), (3, INPUTS), (2, 5, INPUTS), (2, 2, 3, INPUTS)])
-def test_outputs_and_gradients_equal_the_dense_product(product, bias, shape):
-    arguments = case(bias=bias, shape=shape)
+def test_outputs_and_gradients_equal_the_dense_product(product, path, bias, shape):
+    arguments = case(bias=bias, shape=shape, path=path)
     results = outputs_and_gradients(product, *arguments)
     expected = outputs_and_gradients(dense, *arguments)
     for result, reference in zip(results, expected, strict=True):
         torch.testing.assert_close(result, reference, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("product", [composed, added])
-def test_outputs_and_gradients_in_bfloat16(product):
-    x, weight, bias, columns, values = case(torch.bfloat16)
+@each_product
+@each_path
+def test_outputs_and_gradients_in_bfloat16(product, path):
+    x, weight, bias, columns, values = case(torch.bfloat16, path=path)
     results = outputs_and_gradients(product, x, weight, bias, columns, values)
     assert [r.dtype for r in results] == [torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float32]
     full = [t.detach().float().requires_grad_() for t in (x, weight, bias)]
     expected = outputs_and_gradients(dense, *full, columns, values)
     for result, reference in zip(results, expected, strict=True):
-        torch.testing.assert_close(result.float(), reference, rtol=0.03, atol=0.1)
+        torch.testing.assert_close(result.float(), reference, rtol=0.03, atol=0.2)
 
 
-@pytest.mark.parametrize("product", [composed, added])
-def test_equal_columns_add_up(product):
-    columns = torch.tensor([[2, 2, 5]]).expand(ROWS, -1).contiguous()
-    arguments = case(columns=columns)
+@each_path
+def test_bfloat16_inputs_with_a_float32_weight(path):
+    x, weight, bias, columns, values = case(torch.bfloat16, path=path)
+    weight = weight.float()
+    results = outputs_and_gradients(sparse, x, weight, bias, columns, values)
+    assert [r.dtype for r in results] == [torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float32]
+    full = [t.detach().float().requires_grad_() for t in (x, bias)]
+    expected = outputs_and_gradients(dense, full[0], weight, full[1], columns, values)
+    for result, reference in zip(results, expected, strict=True):
+        torch.testing.assert_close(result.float(), reference, rtol=0.03, atol=0.2)
+
+
+@each_product
+@pytest.mark.parametrize("columns", [[2, 2, 5], list(range(5)) * 2, list(range(36)) * 2])
+def test_equal_columns_add_up(product, columns):
+    arguments = case(columns=torch.tensor([columns]).expand(ROWS, -1).contiguous())
     expected = outputs_and_gradients(dense, *arguments)
     for result, reference in zip(outputs_and_gradients(product, *arguments), expected, strict=True):
         torch.testing.assert_close(result, reference, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("product", [composed, added])
-def test_gradcheck(product):
-    x, weight, bias, columns, values = case(torch.float64)
-    assert torch.autograd.gradcheck(
-        lambda x, bias, values: product(x, weight, bias, columns, values), (x, bias, values)
-    )
+@each_path
+def test_used_columns_may_repeat(path):
+    """As they do for two adapters that are active together."""
+    x, weight, bias, columns, values = case(path=path)
+    used, slots = index_columns(columns)
+    twice = torch.cat([used, used]), torch.cat([slots, slots + len(used)], dim=1)
+    both, double = torch.cat([columns, columns], dim=1), torch.cat([values, 2 * values], dim=1)
+    y = sparse_linear(x, weight, bias, both, double, *twice)
+    gradients = torch.autograd.grad(y.square().sum(), [x, bias, values])
+    reference = dense(x, weight, bias, columns, 3 * values)
+    torch.testing.assert_close(y, reference)
+    expected = torch.autograd.grad(reference.square().sum(), [x, bias, values])
+    for gradient, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-4)
+
+
+@each_product
+@each_path
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradcheck(product, path, bias):
+    x, weight, b, columns, values = case(torch.float64, shape=(2, INPUTS), bias=bias, path=path)
+    leaves = [t for t in (x, values, b) if t is not None]
+    assert torch.autograd.gradcheck(lambda x, values, b=None: product(x, weight, b, columns, values), leaves)
+
+
+@each_path
+def test_an_update_of_zero_changes_no_bit(path):
+    x, weight, bias, columns, values = case(shape=(33, INPUTS), path=path)
+    y = sparse(x, weight, bias, columns, torch.zeros_like(values))
+    assert torch.equal(y, F.linear(x, weight, bias))
+
+
+@each_path
+def test_an_empty_batch(path):
+    arguments = case(shape=(0, 5, INPUTS), path=path)
+    y, *gradients = outputs_and_gradients(sparse, *arguments)
+    assert y.shape == (0, 5, ROWS)
+    assert [g.shape for g in gradients] == [(0, 5, INPUTS), (ROWS,), arguments[4].shape]
+    assert not any(g.any() for g in gradients)
 
 
 def saved_by(function):
@@ -108,51 +174,99 @@ def saved_by(function):
     return saved
 
 
-def test_backward_keeps_only_the_used_columns_of_the_input():
-    x, weight, bias, columns, values = case(columns=torch.tensor([[1, 3]]).expand(ROWS, -1).contiguous())
-    saved = saved_by(lambda: composed(x, weight, bias, columns, values))
-    assert [t.shape for t in saved if t.dim() == 3] == [(2, 5, 2)]
-    assert not any(t.dim() == 3 and t.shape[-1] == INPUTS for t in saved)
-    assert torch.equal(next(t for t in saved if t.dim() == 3), x.detach()[..., [1, 3]])
+@pytest.mark.parametrize("path", ["thin", "composed"])
+def test_backward_keeps_only_the_used_columns_of_the_input(path):
+    x, weight, bias, columns, values = case(path=path)
+    used, _ = index_columns(columns)
+    saved = saved_by(lambda: sparse(x, weight, bias, columns, values))
+    (kept,) = [t for t in saved if t.is_floating_point() and t.shape[0] == 10]
+    assert torch.equal(kept, torch.cat([x.detach().reshape(10, INPUTS)[:, used], torch.ones(10, 1)], dim=1))
+    assert all(t.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() for t in saved)
 
 
-def test_backward_keeps_no_second_dense_weight():
-    x, weight, bias, columns, values = case()
-    saved = saved_by(lambda: composed(x, weight, bias, columns, values))
+def test_backward_keeps_the_input_itself_where_most_of_it_is_used():
+    x, weight, bias, columns, values = case(path="whole input")
+    saved = saved_by(lambda: sparse(x, weight, bias, columns, values))
+    (kept,) = [t for t in saved if t.is_floating_point() and t.shape[0] == 2]
+    assert kept.data_ptr() == x.data_ptr()
+
+
+@each_path
+@pytest.mark.parametrize("tokens", [[], [0], [1, 3], [4]])
+def test_tokens_without_a_gradient_are_left_out(path, tokens, monkeypatch):
+    x, weight, bias, columns, values = case(path=path)
+    rows, product = [], torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: rows.append(a.shape[0]) or product(a, b))
+    y, reference = sparse(x, weight, bias, columns, values), dense(x, weight, bias, columns, values)
+    rows.clear()
+    grad = torch.zeros_like(y)
+    grad[:, tokens] = torch.randn(2, len(tokens), ROWS)
+    results = torch.autograd.grad(y, [x, bias, values], grad)
+    assert rows[0] == (10 if tokens == [4] else 2 * len(tokens))  # only a zero gradient of the last makes it look
+    for result, expected in zip(results, torch.autograd.grad(reference, [x, bias, values], grad), strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_large_gradient_is_formed_some_rows_at_a_time(monkeypatch):
+    arguments = case(path="whole input", shape=(3, 5, INPUTS))
+    expected = outputs_and_gradients(dense, *arguments)
+    monkeypatch.setattr("trpts_peft.sparse_linear._GRADIENT_ENTRIES", 4 * INPUTS)
+    shapes, product = [], torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: shapes.append((len(a), b.shape[-1])) or product(a, b))
+    results = outputs_and_gradients(sparse, *arguments)
+    assert shapes == [(15, INPUTS), (4, INPUTS), (2, INPUTS)]  # the input's gradient, then the weight's in two parts
+    for result, reference in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, reference, rtol=1e-5, atol=1e-5)
+
+
+@each_path
+def test_backward_keeps_no_second_dense_weight(path):
+    x, weight, bias, columns, values = case(path=path)
+    saved = saved_by(lambda: sparse(x, weight, bias, columns, values))
     dense_ones = [t for t in saved if t.shape == weight.shape]
     assert [t.data_ptr() for t in dense_ones] == [weight.data_ptr()]
 
 
-def test_backward_keeps_no_input_where_the_values_do_not_train():
-    x, weight, bias, columns, values = case()
-    saved = saved_by(lambda: composed(x, weight, bias, columns, values.detach()))
-    assert not any(t.dim() == 3 for t in saved)
+@each_path
+def test_backward_keeps_no_input_where_the_values_do_not_train(path):
+    x, weight, bias, columns, values = case(path=path)
+    saved = saved_by(lambda: sparse(x, weight, bias, columns, values.detach()))
+    assert not any(t.is_floating_point() and t.shape[0] in (2, 10) for t in saved)
 
 
-def test_no_gradient_of_the_weight_is_formed():
+def test_bias_trains_where_the_values_do_not():
     x, weight, bias, columns, values = case()
+    (gradient,) = torch.autograd.grad(sparse(x, weight, bias, columns, values.detach()).sum(), bias)
+    torch.testing.assert_close(gradient, torch.full((ROWS,), 10.0))
+
+
+@each_path
+def test_no_gradient_of_the_weight_is_formed(path):
+    x, weight, bias, columns, values = case(path=path)
     weight.requires_grad_()
-    composed(x, weight, bias, columns, values).sum().backward()
+    sparse(x, weight, bias, columns, values).sum().backward()
     assert weight.grad is None
     assert values.grad is not None
 
 
-def test_input_without_gradient():
-    x, weight, bias, columns, values = case()
-    y = composed(x.detach(), weight, bias, columns, values)
+@each_path
+def test_input_without_gradient(path):
+    x, weight, bias, columns, values = case(path=path)
+    y = sparse(x.detach(), weight, bias, columns, values)
     reference = dense(x.detach(), weight, bias, columns, values)
     torch.testing.assert_close(torch.autograd.grad(y.sum(), values), torch.autograd.grad(reference.sum(), values))
 
 
-def test_gradient_checkpointing():
-    x, weight, bias, columns, values = case()
-    plain = torch.autograd.grad(composed(x, weight, bias, columns, values).square().sum(), [x, values])
-    y = checkpoint(composed, x, weight, bias, columns, values, use_reentrant=False)
+@each_path
+def test_gradient_checkpointing(path):
+    x, weight, bias, columns, values = case(path=path)
+    plain = torch.autograd.grad(sparse(x, weight, bias, columns, values).square().sum(), [x, values])
+    y = checkpoint(sparse, x, weight, bias, columns, values, use_reentrant=False)
     torch.testing.assert_close(torch.autograd.grad(y.square().sum(), [x, values]), plain)
 
 
 def test_a_second_derivative_is_refused():
     x, weight, bias, columns, values = case(torch.float64)
-    (grad,) = torch.autograd.grad(composed(x, weight, bias, columns, values).square().sum(), values, create_graph=True)
+    (grad,) = torch.autograd.grad(sparse(x, weight, bias, columns, values).square().sum(), values, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()

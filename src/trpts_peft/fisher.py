@@ -82,7 +82,8 @@ class FisherCollector:
         score: `"fisher"` for Σ_b (∂L_b/∂W)², `"gradient"` for Σ_b ∂L_b/∂W.
         workspace_mb: bound in MiB on per-sample gradients held at a time.
 
-    The sums are float64: the sum over samples then does not depend on how they were shared out among processes.
+    The sums are float64, 8 bytes for each weight that is scored: what they add up to then does not depend on how the
+    samples were shared out among processes.
     """
 
     def __init__(self, linears: Mapping[str, nn.Linear], score: str, workspace_mb: float) -> None:
@@ -144,10 +145,22 @@ class FisherCollector:
         else:
             self.sums[name] += g.flatten(0, 1).t() @ x.flatten(0, 1)
 
-    def result(self, sums: Mapping[str, Tensor], num_samples: int) -> FisherScores:
-        """The mean over samples (its absolute value for `"gradient"`), float32 on the CPU."""
-        means = {name: (total / num_samples).abs() for name, total in sums.items()}
-        return FisherScores({name: mean.float().cpu() for name, mean in means.items()}, num_samples)
+    def result(self, add_up: Callable[[Tensor], Tensor]) -> FisherScores:
+        """The mean over samples (its absolute value for `"gradient"`), float32 on the CPU; the sums are given up.
+
+        Args:
+            add_up: takes a tensor of this process to the sum over all processes.
+
+        Raises:
+            ValueError: there was no sample.
+        """
+        count = int(add_up(torch.tensor(self.num_samples, device=next(iter(self.sums.values())).device)))
+        if count == 0:
+            raise ValueError("`data` must hold at least one sample, got none.")
+        scores = {}
+        for name in list(self.sums):  # one by one: sums and scores together would need half as much again
+            scores[name] = (add_up(self.sums.pop(name)) / count).abs().float().cpu()
+        return FisherScores(scores, count)
 
 
 def _by_sample(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ __all__ = [
     "kept_tokens",
     "select_and_merge",
     "squared_gradient_sum",
+    "tokens_with_gradient",
     "top_connections",
     "top_counts",
     "unit_importance",
@@ -30,7 +31,8 @@ def squared_gradient_sum(inputs: Tensor, grad_outputs: Tensor, *, workspace_mb: 
     Args:
         inputs: the layer's inputs X, (B, T, in_features).
         grad_outputs: gradients of the summed per-sample losses by the layer's outputs G, (B, T, out_features).
-        workspace_mb: bound in MiB on the per-sample gradients held at a time; one sample's is always held.
+        workspace_mb: bound in MiB on the per-sample gradients held at a time; one neuron's of one sample is always
+            held.
 
     Returns:
         (out_features, in_features), in the dtype of `inputs`.
@@ -40,12 +42,38 @@ def squared_gradient_sum(inputs: Tensor, grad_outputs: Tensor, *, workspace_mb: 
             "`inputs` and `grad_outputs` must be (B, T, in) and (B, T, out) with equal B and T, "
             f"got {tuple(inputs.shape)} and {tuple(grad_outputs.shape)}."
         )
-    total = inputs.new_zeros(grad_outputs.shape[-1], inputs.shape[-1])
-    sample_mb = total.numel() * total.element_size() / 2**20
-    chunk = max(1, int(workspace_mb / max(sample_mb, 1e-9)))
-    for x, g in zip(inputs.split(chunk), grad_outputs.to(inputs.dtype).split(chunk), strict=True):
-        total += torch.bmm(g.transpose(1, 2), x).square_().sum(0)
+    x, g = inputs, grad_outputs.to(inputs.dtype)
+    if (tokens := tokens_with_gradient(g)) is not None:
+        x, g = x[:, tokens], g[:, tokens]
+    if x.shape[1] == 1:  # a product of squares is the square of the product
+        return g.squeeze(1).square().t() @ x.squeeze(1).square()
+    total = x.new_zeros(g.shape[2], x.shape[2])
+    entries = int(workspace_mb * 2**20 / x.element_size())
+    neurons = min(max(1, entries // x.shape[2]), g.shape[2])
+    samples = _samples_at_once(x.device, max(1, entries // (neurons * x.shape[2])))
+    for rows, part in zip(total.split(neurons), g.split(neurons, dim=2), strict=True):
+        for some_x, some_g in zip(x.split(samples), part.split(samples), strict=True):
+            gradients = torch.bmm(some_g.transpose(1, 2), some_x)
+            if samples == 1:
+                rows.addcmul_(gradients[0], gradients[0])
+            else:
+                rows += gradients.square_().sum(0)
     return total
+
+
+def _samples_at_once(device: torch.device, room: int) -> int:
+    """A CPU is fastest with one product, which stays in its cache; a GPU with as many as there is room for."""
+    return 1 if device.type == "cpu" else room
+
+
+def tokens_with_gradient(grad_outputs: Tensor) -> Tensor | None:
+    """Indices of the tokens of (B, T, out) whose gradient is not zero throughout the batch; None for all of them.
+
+    In the last block of a classifier that reads the CLS token, the other tokens of most linears have none.
+    """
+    if grad_outputs.numel() == 0 or bool(grad_outputs[:, -1].any()):
+        return None
+    return grad_outputs.ne(0).any(dim=2).any(dim=0).nonzero().squeeze(1)
 
 
 def _top_threshold(values: list[Tensor], count: int) -> int:

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from . import functional
-from .sparse_linear import added_linear, compose_weight, composed_linear, index_columns
+from .sparse_linear import added_linear, compose_weight, index_columns, sparse_linear
 from .tuner_layer import TRPTSLayer
 
 __all__ = ["TRPTSLinear"]
@@ -206,7 +206,7 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         if self.base_layer.bias is not None:
             bias = self.base_layer.bias if bias is None else self.base_layer.bias + bias
         bias = None if bias is None else bias.to(x.dtype)
-        return composed_linear(x, weight, bias, columns, values, used, slots)
+        return sparse_linear(x, weight, bias, columns, values, used, slots)
 
     def _mixed_batch_forward(self, x: Tensor, adapter_names: list[str]) -> Tensor:
         if self.merged:
@@ -262,9 +262,8 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
             self.check_merge(names)
         for name in names:
             weight, columns = self.base_layer.weight.data, self.trpts_columns[name]
-            original = weight.gather(1, columns)
-            self.trpts_originals[name] = original
-            weight.scatter_(1, columns, original + self.trpts_values[name].data.to(weight.dtype))
+            self.trpts_originals[name] = weight.gather(1, columns)
+            weight.scatter_add_(1, columns, self.trpts_values[name].data.to(weight.dtype))
             if name in self.trpts_bias:
                 bias = self.base_layer.bias.data
                 self.trpts_original_bias[name] = bias.clone()
@@ -290,7 +289,9 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
             return
         while self.merged_adapters:
             name = self.merged_adapters.pop()
-            self.base_layer.weight.data.scatter_(1, self.trpts_columns[name], self.trpts_originals.pop(name))
+            columns, originals = self.trpts_columns[name], self.trpts_originals.pop(name)
+            # Along the first dimension, with contiguous indices, this takes a quarter of the time.
+            self.base_layer.weight.data.t().scatter_(0, columns.t().contiguous(), originals.t().contiguous())
             if name in self.trpts_original_bias:
                 self.base_layer.bias.data.copy_(self.trpts_original_bias.pop(name))
 

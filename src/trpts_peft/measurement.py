@@ -123,13 +123,7 @@ def measure(
             if loss.shape != targets.shape[:1]:
                 raise ValueError(f"`loss_fn` must return one loss per sample, got shape {tuple(loss.shape)}.")
             collector.add(loss)
-    sums, count = collector.sums, torch.tensor(collector.num_samples, device=batches.device)
-    if batches.world > 1:
-        sums = {name: reduce(total, "sum") for name, total in sums.items()}
-        count = reduce(count, "sum")
-    if int(count) == 0:
-        raise ValueError("`data` must hold at least one sample, got none.")
-    scores = collector.result(sums, int(count))
+    scores = collector.result((lambda total: reduce(total, "sum")) if batches.world > 1 else (lambda total: total))
     _check_measured(scores)
     return scores
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter, set_adapter
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter, onload_layer, set_adapter
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -163,24 +163,24 @@ class TRPTSModel(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write the updates of the active (or the named) adapters into the base weights; `unmerge_adapter` is exact."""
-        self._check_merge(adapter_names or self.active_adapters, safe_merge)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        layers = _tuner_layers(self.model)
+        self._check_alike(_merged_with(layers, adapter_names or self.active_adapters), layers)
+        _check_entries(layers if safe_merge else [], adapter_names or self.active_adapters)
+        self._check_merge_allowed()  # type: ignore[no-untyped-call]
+        for layer in layers:
+            with _onloaded(layer):
+                layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
 
-    def _check_merge(self, adapter_names: list[str], safe_merge: bool) -> None:
-        """Refuse before any layer is merged: a model merged by half is of no use."""
-        self._check_alike(self._merged_with(adapter_names))
-        for module in self.model.modules():
-            if safe_merge and isinstance(module, TRPTSLinear):
-                module.check_merge([name for name in adapter_names if name not in module.merged_adapters])
+    def unmerge_adapter(self) -> None:
+        """Put back the base weights that merging has overwritten, to the bit."""
+        for layer in _tuner_layers(self.model):
+            with _onloaded(layer):
+                layer.unmerge()
 
-    def _merged_with(self, adapter_names: list[str]) -> list[str]:
-        """The adapters that are merged already and those that are to be, in this order."""
-        linears = [module for module in self.model.modules() if isinstance(module, TRPTSLinear)]
-        return list(dict.fromkeys([*(name for linear in linears for name in linear.merged_adapters), *adapter_names]))
-
-    def _check_alike(self, adapter_names: list[str]) -> None:
-        for selection in _selections(self.model):
-            selection.rate_of([name for name in adapter_names if name in selection.keep_rates])
+    def _check_alike(self, adapter_names: list[str], layers: list[Any] | None = None) -> None:
+        for layer in _tuner_layers(self.model) if layers is None else layers:
+            if isinstance(layer, AdapterTokenSelection):
+                layer.rate_of([name for name in adapter_names if name in layer.keep_rates])
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; blocks in which no other one selects tokens become stock blocks again."""
@@ -213,8 +213,10 @@ class TRPTSModel(BaseTuner):
             keep_token_selection: False returns a plain model, whose outputs differ where tokens were selected. True
                 leaves the rates in `config.trpts_keep_rates`, for `apply_token_selection` after `from_pretrained`.
         """
-        self._check_merge(adapter_names or self.active_adapters, safe_merge)
-        names = self._merged_with(adapter_names or self.active_adapters)
+        layers = _tuner_layers(self.model)
+        names = _merged_with(layers, adapter_names or self.active_adapters)
+        self._check_alike(names, layers)
+        _check_entries(layers if safe_merge else [], adapter_names or self.active_adapters)
         enabled = any(selection.enabled for selection in _selections(self.model))
         rates = {
             index: rate
@@ -236,7 +238,7 @@ class TRPTSModel(BaseTuner):
     def unload(self) -> nn.Module:
         """Return the base model as it was before any adapter, its own head and what was trainable included."""
         if any(module.merged for module in self.model.modules() if isinstance(module, TRPTSLinear)):
-            self.unmerge_adapter()  # type: ignore[no-untyped-call]
+            self.unmerge_adapter()
         _restore_modules(self.model)
         model: nn.Module = super().unload()
         remove_token_selection(model)
@@ -285,6 +287,30 @@ class TRPTSModel(BaseTuner):
                 tensors[f"{name}.trpts_fingerprint.{adapter_name}"] = layer.base_fingerprint()
             layer.fresh.discard(adapter_name)
         return tensors
+
+
+def _tuner_layers(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _merged_with(layers: list[Any], adapter_names: list[str]) -> list[str]:
+    """The adapters that are merged into linears already and those that are to be, in this order."""
+    merged = [name for layer in layers if isinstance(layer, TRPTSLinear) for name in layer.merged_adapters]
+    return list(dict.fromkeys([*merged, *adapter_names]))
+
+
+def _check_entries(layers: list[Any], adapter_names: list[str]) -> None:
+    """Refuse before any layer is merged: a model merged by half is of no use."""
+    for layer in layers:
+        if isinstance(layer, TRPTSLinear):
+            layer.check_merge([name for name in adapter_names if name not in layer.merged_adapters])
+
+
+def _onloaded(layer: Any) -> AbstractContextManager[None]:
+    """Fetches what accelerate has moved away. Otherwise nothing: to look through all submodules takes its time."""
+    offloaded = hasattr(layer.get_base_layer(), "_hf_hook") if isinstance(layer, TRPTSLinear) else False
+    context: AbstractContextManager[None] = onload_layer(layer) if offloaded else nullcontext()
+    return context
 
 
 def _selections(model: nn.Module) -> list[AdapterTokenSelection]:

@@ -1,0 +1,203 @@
+"""What TR-PTS costs beside other methods on ViT-B/16: time, memory, multiplications, bytes.
+
+Run in examples/, as `python -m benchmarks.cost`; `make bench` runs the short form. Every ratio comes from actions that
+take turns in one process. Writes cost.json and cost.png beside the tables that it prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.calibrating import fisher_rows
+from benchmarks.figure import draw
+from benchmarks.methods import KEEP_RATES, methods, methods_by_share, trpts
+from benchmarks.report import Bar, bars_of, print_report
+from benchmarks.switching import disk_rows, switch_rows
+from measure import (
+    Batch,
+    inference,
+    interleaved_seconds,
+    median_ratio,
+    peak_bytes,
+    resident_bytes,
+    saved_activation_bytes,
+    training_step,
+)
+from trpts_peft import estimate_cost
+
+OUTPUT = Path(__file__).resolve().parents[2] / "runs" / "bench"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured, and where.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        train_batch: images of a timed training step.
+        memory_batch: images of a training step whose memory is counted.
+        inference_batches: images of a timed prediction, one table row each.
+        rounds: rounds of timed training steps.
+        inference_rounds: rounds of timed predictions.
+        fisher_images: images of one measurement of the Fisher information, in batches of 8.
+        shares: U/in for the table of used columns.
+        compiled: whether predictions are also timed under `torch.compile`.
+    """
+
+    device: str = "cpu"
+    train_batch: int = 4
+    memory_batch: int = 8
+    inference_batches: tuple[int, ...] = (8, 1)
+    rounds: int = 15
+    inference_rounds: int = 15
+    fisher_images: int = 16
+    shares: tuple[float, ...] = (0.02, 0.05, 0.1, 0.3, 1.0)
+    compiled: bool = True
+
+
+CPU = Settings()
+SHORT = Settings(rounds=3, inference_rounds=5, fisher_images=8, shares=(0.1,), compiled=False)
+# The paper's setting: 32 images, the mean of 500 passes.
+CUDA = Settings(device="cuda", train_batch=32, memory_batch=32, inference_batches=(32, 1), inference_rounds=500)
+
+
+def drawn_batch(images: int, device: str) -> Batch:
+    """Noise at 224 pixels, with labels: what the pixels show changes no cost."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(images, 3, 224, 224, generator=generator)
+    return {"pixel_values": pixels.to(device), "labels": (torch.arange(images) % 100).to(device)}
+
+
+def training_rows(settings: Settings) -> list[dict[str, Any]]:
+    """Time and memory of a training step of every method, as ratios to the frozen model's and in bytes."""
+    builders = methods() | methods_by_share(settings.shares)
+    models = {name: build().to(settings.device) for name, build in builders.items()}
+    batch, large = (drawn_batch(size, settings.device) for size in (settings.train_batch, settings.memory_batch))
+    steps = {name: training_step(model) for name, model in models.items()}
+    seconds = interleaved_seconds({name: partial(step, batch) for name, step in steps.items()}, settings.rounds)
+    rows = []
+    for name, model in models.items():
+        cost = estimate_cost(model)
+        kept, peak = training_memory(model, steps[name], large)
+        rows.append(
+            {
+                "method": name,
+                "step_to_frozen": median_ratio(seconds[name], seconds["frozen"]),
+                "step_to_lora": median_ratio(seconds[name], seconds["LoRA r=8"]),
+                "kept_bytes": kept,
+                "peak_bytes": peak,
+                "gmacs": cost.macs / 1e9,
+                "trainable_percent": cost.trainable_percent,
+                "seconds": seconds[name],
+            }
+        )
+    return rows
+
+
+def training_memory(model: nn.Module, step: Callable[[Batch], None], batch: Batch) -> tuple[int, int]:
+    """Bytes that a training step keeps (weights, gradients, Adam's moments, what waits for backward), and its peak.
+
+    Args:
+        model: what trains.
+        step: its training step, called before, so that Adam's moments are there.
+        batch: the images.
+    """
+    model.zero_grad()
+    weights = resident_bytes(*model.parameters(), *model.buffers())
+    trained = resident_bytes(*(p for p in model.parameters() if p.requires_grad))
+    kept = weights + 3 * trained + saved_activation_bytes(model, batch)
+    return kept, weights + 2 * trained + peak_bytes(lambda: step(batch))
+
+
+def inference_rows(settings: Settings, compiled: bool) -> list[dict[str, Any]]:
+    """How many times faster than the plain ViT a merged model predicts, beside what its multiplications promise."""
+    merged = {rate: trpts(rate).merge_and_unload().to(settings.device) for rate in (1.0, *KEEP_RATES)}
+    plain = methods()["full"]().to(settings.device)
+    promised = {f"TR-PTS, keep rate {rate:g}": estimate_cost(model).speedup for rate, model in merged.items()}
+    models = {"plain": plain, **dict(zip(promised, merged.values(), strict=True))}
+    rows = []
+    for size in settings.inference_batches:
+        batch = drawn_batch(size, settings.device)
+        actions = {name: inference(_compiled(model) if compiled else model, batch) for name, model in models.items()}
+        seconds = interleaved_seconds(actions, settings.inference_rounds)
+        for name, ideal in promised.items():
+            speedup = 1 / median_ratio(seconds[name], seconds["plain"])
+            row = {"model": name, "batch": size, "compiled": compiled, "speedup": speedup, "ideal": ideal}
+            rows.append({**row, "of_ideal": speedup / ideal, "seconds": seconds[name]})
+    return rows
+
+
+def _compiled(model: nn.Module) -> Any:
+    torch.compiler.reset()
+    return torch.compile(model, fullgraph=True)
+
+
+def measure_all(settings: Settings) -> dict[str, Any]:
+    """Everything, as the content of the JSON file."""
+    sections: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "training": lambda: training_rows(settings),
+        "fisher": lambda: fisher_rows(settings.fisher_images, settings.device),
+        "inference": lambda: [
+            row for compiled in (False, True)[: 1 + settings.compiled] for row in inference_rows(settings, compiled)
+        ],
+        "switching": lambda: switch_rows(settings.rounds, settings.device),
+        "disk": disk_rows,
+    }
+    results: dict[str, Any] = {"settings": asdict(settings), "machine": machine(settings.device)}
+    for name, section in sections.items():
+        print(f"measuring: {name}", flush=True)
+        results[name] = section()
+    return results
+
+
+def machine(device: str) -> dict[str, str]:
+    """What the figures depend on besides the code."""
+    packages = {name: version(name) for name in ("torch", "transformers", "peft", "trpts-peft")}
+    return {"processor": processor(device), "python": platform.python_version(), **packages}
+
+
+def processor(device: str) -> str:
+    """The name of the processor, with the number of threads used of it."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} thread"
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--short", action="store_true", help="fewer rounds, nothing compiled")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder for cost.json and cost.png")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("`--device cuda` needs a CUDA device, got none: leave it out.")
+    # peft 0.21 asks for the old name of a property of transformers 5.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    torch.set_num_threads(1)
+    settings = CUDA if arguments.device == "cuda" else SHORT if arguments.short else CPU
+    results = measure_all(settings)
+    bars: list[Bar] = bars_of(results)
+    results["bars"] = [asdict(bar) for bar in bars]
+    print_report(results, bars)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "cost.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    draw(results, arguments.output / "cost.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""The tables of the cost benchmark, and the bars that this project has set itself."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+from tables import markdown_table
+
+Results = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One figure and the limit that it must keep."""
+
+    what: str
+    measured: float
+    sign: str
+    limit: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether it does."""
+        return {"≤": operator.le, "<": operator.lt, "≥": operator.ge}[self.sign](self.measured, self.limit)
+
+
+def bars_of(results: Results) -> list[Bar]:
+    """All bars that the measurements say something about."""
+    training = {row["method"]: row for row in results["training"]}
+    (fisher,) = results["fisher"]
+    ours, tokens = training["TR-PTS"], training["TR-PTS, keep rate 0.8"]
+    beyond = fisher["peak_bytes"] - fisher["score_bytes"]
+    allowed = fisher["workspace_bytes"] + fisher["activation_bytes"]
+    bars = [
+        Bar("training step, keep rate 1, to frozen", ours["step_to_frozen"], "≤", 1.10),
+        Bar("training step, keep rate 1, to LoRA r=8", ours["step_to_lora"], "<", 1.00),
+        Bar("training step, keep rate 0.8, to frozen", tokens["step_to_frozen"], "≤", 0.87),
+    ]
+    for kind, what in (("peak_bytes", "peak"), ("kept_bytes", "kept")):
+        for other, limit in (("LoRA r=8", 0.78), ("full", 0.45)):
+            ratio = ours[kind] / training[other][kind]
+            bars.append(Bar(f"training memory, {what}, to {other}", ratio, "≤", limit))
+    bars.append(Bar("Fisher to plain forward and backward", fisher["fisher_to_plain"], "≤", 1.35))
+    bars.append(Bar("calibration memory beyond the scores, to workspace + activations", beyond / allowed, "≤", 1.0))
+    for row in results["inference"]:
+        if row["ideal"] > 1.3 and row["ideal"] < 1.4:
+            how = "compiled" if row["compiled"] else "eager"
+            what = f"prediction, keep rate 0.8, batch {row['batch']}, {how}, to ideal"
+            bars.append(Bar(what, row["of_ideal"], "≥", 0.95 if row["batch"] > 1 else 0.90))
+    bars.append(Bar("adapter switch, to LoRA r=8", results["switching"][0]["to_lora"], "≤", 0.05))
+    for row, limit in zip(results["disk"], (6, 4), strict=True):
+        bars.append(Bar(f"bytes per trainable weight, {row['dtype']}", row["bytes_per_weight"], "≤", limit))
+    return bars
+
+
+def print_report(results: Results, bars: list[Bar]) -> None:
+    """Every table, as Markdown."""
+    settings = results["settings"]
+    print("\n" + ", ".join(f"{name} {value}" for name, value in results["machine"].items()))
+    sizes = f"batch {settings['train_batch']}; memory: batch {settings['memory_batch']}"
+    for title, text in (
+        (f"Training step ({sizes})", training_table(results["training"])),
+        ("Fisher information", fisher_table(results["fisher"])),
+        ("Prediction of merged models", inference_table(results["inference"])),
+        ("Switching between merged adapters", switching_table(results["switching"])),
+        ("On disk", disk_table(results["disk"])),
+        ("Bars", bar_table(bars)),
+    ):
+        print(f"\n{title}\n\n{text}")
+
+
+def training_table(rows: list[dict[str, Any]]) -> str:
+    """Time and memory of the methods."""
+    headings = ["method", "step / frozen", "step / LoRA", "kept, MB", "peak, MB", "GMACs", "trainable %"]
+    return markdown_table(
+        headings,
+        [
+            [
+                row["method"],
+                f"{row['step_to_frozen']:.2f}",
+                f"{row['step_to_lora']:.2f}",
+                f"{row['kept_bytes'] / 1e6:,.0f}",
+                f"{row['peak_bytes'] / 1e6:,.0f}",
+                f"{row['gmacs']:.2f}",
+                f"{row['trainable_percent']:.2f}",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def fisher_table(rows: list[dict[str, Any]]) -> str:
+    """Time and memory of a measurement."""
+    parts = ["peak_bytes", "sum_bytes", "workspace_bytes", "activation_bytes"]
+    headings = ["images", "time / plain", "peak, MB", "sums, MB", "workspace, MB", "activations of a batch, MB"]
+    cells = [
+        [str(r["images"]), f"{r['fisher_to_plain']:.2f}", *(f"{r[part] / 1e6:,.0f}" for part in parts)] for r in rows
+    ]
+    return markdown_table(headings, cells)
+
+
+def inference_table(rows: list[dict[str, Any]]) -> str:
+    """Speed-ups, measured and promised."""
+    headings = ["model", "batch", "compiled", "speed-up", "ideal", "of ideal"]
+    cells = [
+        [
+            row["model"],
+            str(row["batch"]),
+            "yes" if row["compiled"] else "no",
+            f"{row['speedup']:.3f}",
+            f"{row['ideal']:.3f}",
+            f"{row['of_ideal']:.3f}",
+        ]
+        for row in rows
+    ]
+    return markdown_table(headings, cells)
+
+
+def switching_table(rows: list[dict[str, Any]]) -> str:
+    """Time of a switch."""
+    cells = [
+        [row["method"], f"{1e3 * sorted(row['seconds'])[len(row['seconds']) // 2]:.1f}", f"{row['to_lora']:.3f}"]
+        for row in rows
+    ]
+    return markdown_table(["method", "ms", "/ LoRA"], cells)
+
+
+def disk_table(rows: list[dict[str, Any]]) -> str:
+    """Bytes of a file."""
+    cells = [
+        [row["dtype"], f"{row['weights']:,}", f"{row['bytes_per_weight']:.2f}", f"{row['file_bytes']:,}"]
+        for row in rows
+    ]
+    return markdown_table(["dtype", "trainable weights", "bytes per weight", "file, bytes"], cells)
+
+
+def bar_table(bars: list[Bar]) -> str:
+    """What is held to."""
+    cells = [
+        [bar.what, f"{bar.measured:.3f}", f"{bar.sign} {bar.limit:g}", "yes" if bar.holds else "NO"] for bar in bars
+    ]
+    return markdown_table(["what", "measured", "bar", "holds"], cells)

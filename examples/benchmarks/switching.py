@@ -1,0 +1,81 @@
+"""Changing between merged adapters, and what an adapter takes on disk."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors import safe_open
+from torch import nn
+
+from benchmarks.methods import LINEARS, USED_SHARES, drawn_scores, lora, trpts
+from measure import interleaved_seconds, median_ratio
+from trpts_peft import calibrate
+
+
+def switch_rows(rounds: int, device: str) -> list[dict[str, Any]]:
+    """Unmerge the one adapter, activate the other, merge it: both methods, and what of it is `set_adapter`."""
+    sparse, low_rank = trpts(), lora()
+    assert isinstance(sparse, PeftModel)
+    assert isinstance(low_rank, PeftModel)
+    sparse.add_adapter("other", sparse.peft_config["default"])
+    scores = drawn_scores(sparse.get_base_model(), USED_SHARES)
+    calibrate(sparse, None, adapter_name="other", scores=scores, probe_head=False, overwrite=True, progress=False)
+    low_rank.add_adapter("other", LoraConfig(r=8, target_modules=LINEARS, modules_to_save=["classifier"]))
+    models = {"TR-PTS": sparse.to(device), "LoRA r=8": low_rank.to(device)}
+    for model in models.values():
+        randomize(model)
+        model.merge_adapter()
+    actions = {name: switch(model, merged=True) for name, model in models.items()}
+    for model in models.values():
+        model.requires_grad_(False)  # serving trains nothing
+    seconds = interleaved_seconds(actions, rounds)
+    return [
+        {"method": name, "to_lora": median_ratio(values, seconds["LoRA r=8"]), "seconds": values}
+        for name, values in seconds.items()
+    ]
+
+
+def randomize(model: nn.Module) -> None:
+    """Give all adapters something to merge."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "trpts_" in name or "lora_" in name:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data.copy_(0.01 * noise)
+
+
+def switch(model: PeftModel, merged: bool) -> Callable[[], None]:
+    """Activate the adapters in turn."""
+    names = itertools.cycle(["other", "default"])
+
+    def act() -> None:
+        if merged:
+            model.unmerge_adapter()
+        model.set_adapter(next(names), inference_mode=True)
+        if merged:
+            model.merge_adapter()
+
+    return act
+
+
+def disk_rows() -> list[dict[str, Any]]:
+    """Bytes of an adapter's file, and of columns and values for each weight that trains."""
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        with tempfile.TemporaryDirectory() as folder:
+            trpts().to(dtype).save_pretrained(folder)
+            path = Path(folder) / "adapter_model.safetensors"
+            with safe_open(path, framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            size = path.stat().st_size
+        values = sum(tensor.numel() for key, tensor in tensors.items() if key.endswith("trpts_values"))
+        sparse = sum(t.nbytes for key, t in tensors.items() if key.endswith(("trpts_values", "trpts_columns")))
+        row = {"dtype": str(dtype).removeprefix("torch."), "weights": values, "bytes_per_weight": sparse / values}
+        rows.append({**row, "file_bytes": size})
+    return rows

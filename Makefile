@@ -6,10 +6,14 @@ STAMP := $(VENV)/.stamp
 TORCH := $(shell sed -n 's/^\(torch==[^; ]*\).*/\1/p' constraints.txt)
 PIP_OPTIONS := --quiet --disable-pip-version-check
 
-.PHONY: demo test check wheel clean
+.PHONY: demo bench test check wheel clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
+
+# The short form of the cost benchmark; without --short it prints what stands in docs/benchmarks.md.
+bench: $(STAMP)
+	cd examples && ../$(BIN)/python -m benchmarks.cost --short
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

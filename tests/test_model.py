@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import AutoPeftModel, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import ViTForImageClassification
@@ -549,6 +550,22 @@ def test_16_bit_adapters_train(autocast_adapter_dtype: bool) -> None:
     assert values.dtype == (torch.float32 if autocast_adapter_dtype else torch.bfloat16)
     model(build_images(dtype=torch.bfloat16)).logits.float().sum().backward()
     assert values.grad is not None and values.grad.any()
+
+
+def test_weights_that_accelerate_has_moved_away_are_fetched_to_merge() -> None:
+    model = adapter()
+    expected, merged_in_place = predict(model), adapter()
+    merged_in_place.merge_adapter()
+    for linear in linears(model).values():
+        kept = {name: parameter.detach().clone() for name, parameter in linear.base_layer.named_parameters()}
+        hook = AlignDevicesHook(execution_device="cpu", offload=True, weights_map=kept)
+        add_hook_to_module(linear.base_layer, hook)
+        assert linear.base_layer.weight.is_meta
+    model.merge_adapter()
+    assert torch.equal(predict(model), predict(merged_in_place))
+    model.unmerge_adapter()
+    torch.testing.assert_close(predict(model), expected, rtol=1e-5, atol=1e-5)
+    assert not any(linear.merged for linear in linears(model).values())
 
 
 def test_autocast() -> None:

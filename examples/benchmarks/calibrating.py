@@ -12,7 +12,7 @@ from benchmarks.methods import full
 from measure import Batch, interleaved_seconds, median_ratio, peak_bytes, saved_activation_bytes
 from trpts_peft import estimate_fisher
 
-BATCH_SIZE, ROUNDS, WORKSPACE_MB = 8, 3, 256
+BATCH_SIZE, ROUNDS, WORKSPACE_MB = 8, 2, 256
 
 
 def fisher_rows(images: int, device: str) -> list[dict[str, Any]]:

@@ -60,15 +60,15 @@ class Settings:
     train_batch: int = 4
     memory_batch: int = 8
     inference_batches: tuple[int, ...] = (8, 1)
-    rounds: int = 15
-    inference_rounds: int = 15
-    fisher_images: int = 16
+    rounds: int = 11
+    inference_rounds: int = 11
+    fisher_images: int = 40
     shares: tuple[float, ...] = (0.02, 0.05, 0.1, 0.3, 1.0)
     compiled: bool = True
 
 
 CPU = Settings()
-SHORT = Settings(rounds=3, inference_rounds=5, fisher_images=8, shares=(0.1,), compiled=False)
+SHORT = Settings(rounds=3, inference_rounds=5, fisher_images=16, shares=(0.1,), compiled=False)
 # The paper's setting: 32 images, the mean of 500 passes.
 CUDA = Settings(device="cuda", train_batch=32, memory_batch=32, inference_batches=(32, 1), inference_rounds=500)
 

@@ -159,7 +159,7 @@ class FisherCollector:
             raise ValueError("`data` must hold at least one sample, got none.")
         scores = {}
         for name in list(self.sums):  # one by one: sums and scores together would need half as much again
-            scores[name] = (add_up(self.sums.pop(name)) / count).abs().float().cpu()
+            scores[name] = add_up(self.sums.pop(name)).div_(count).abs_().float().cpu()
         return FisherScores(scores, count)
 
 

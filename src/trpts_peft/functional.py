@@ -25,6 +25,7 @@ __all__ = [
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
+@torch.no_grad()
 def squared_gradient_sum(inputs: Tensor, grad_outputs: Tensor, *, workspace_mb: float = 256) -> Tensor:
     """Eq. 2 for one linear layer: the sum over samples of the squared per-sample weight gradient, Σ_b (G_bᵀ X_b)².
 
@@ -50,11 +51,13 @@ def squared_gradient_sum(inputs: Tensor, grad_outputs: Tensor, *, workspace_mb: 
     total = x.new_zeros(g.shape[2], x.shape[2])
     entries = int(workspace_mb * 2**20 / x.element_size())
     neurons = min(max(1, entries // x.shape[2]), g.shape[2])
-    samples = _samples_at_once(x.device, max(1, entries // (neurons * x.shape[2])))
+    samples = min(_samples_at_once(x.device, max(1, entries // (neurons * x.shape[2]))), len(x))
+    workspace = x.new_empty(samples * neurons * x.shape[2])
     for rows, part in zip(total.split(neurons), g.split(neurons, dim=2), strict=True):
         for some_x, some_g in zip(x.split(samples), part.split(samples), strict=True):
-            gradients = torch.bmm(some_g.transpose(1, 2), some_x)
-            if samples == 1:
+            shape = len(some_x), *rows.shape
+            gradients = torch.bmm(some_g.transpose(1, 2), some_x, out=workspace[: math.prod(shape)].view(shape))
+            if len(some_x) == 1:
                 rows.addcmul_(gradients[0], gradients[0])
             else:
                 rows += gradients.square_().sum(0)

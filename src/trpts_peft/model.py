@@ -289,8 +289,12 @@ class TRPTSModel(BaseTuner):
         return tensors
 
 
-def _tuner_layers(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+def _tuner_layers(module: nn.Module) -> list[Any]:
+    """All tuner layers; what lies within one, the larger part of all modules, is not visited."""
+    found: list[Any] = []
+    for child in module.children():
+        found += [child] if isinstance(child, BaseTunerLayer) else _tuner_layers(child)
+    return found
 
 
 def _merged_with(layers: list[Any], adapter_names: list[str]) -> list[str]:
@@ -308,7 +312,7 @@ def _check_entries(layers: list[Any], adapter_names: list[str]) -> None:
 
 def _onloaded(layer: Any) -> AbstractContextManager[None]:
     """Fetches what accelerate has moved away. Otherwise nothing: to look through all submodules takes its time."""
-    offloaded = hasattr(layer.get_base_layer(), "_hf_hook") if isinstance(layer, TRPTSLinear) else False
+    offloaded = hasattr(getattr(layer, "base_layer", None), "_hf_hook")
     context: AbstractContextManager[None] = onload_layer(layer) if offloaded else nullcontext()
     return context
 

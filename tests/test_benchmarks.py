@@ -1,0 +1,150 @@
+"""The cost benchmark on a tiny ViT: every table is filled, and what is counted can be counted by hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
+
+from benchmarks import cost, figure, methods, report
+from benchmarks.used_columns import used_shares
+from measure import interleaved_seconds, median_ratio, peak_bytes, resident_bytes, saved_activation_bytes
+from tables import markdown_table
+
+WIDTH, BLOCKS = 40, 12
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    def new_vit(num_labels=100):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": WIDTH, "intermediate_size": 80, "num_attention_heads": 2, "patch_size": 56}
+        return ViTForImageClassification(ViTConfig(num_labels=num_labels, num_hidden_layers=BLOCKS, **sizes))
+
+    monkeypatch.setattr(methods, "new_vit", new_vit)
+
+
+@pytest.fixture
+def results(tiny):
+    settings = cost.Settings(rounds=1, inference_rounds=1, fisher_images=2, shares=(0.1,), compiled=False)
+    return cost.measure_all(settings)
+
+
+# peft's SHiRA makes sparse tensors.
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+def test_every_table_is_filled_and_every_bar_is_judged(results, capsys, tmp_path):
+    bars = report.bars_of(results)
+    report.print_report(results, bars)
+    printed = capsys.readouterr().out
+    for row in results["training"]:
+        assert f"| {row['method']} |" in printed
+    assert {row["method"] for row in results["training"]} >= {
+        "frozen",
+        "LoRA r=8",
+        "TR-PTS",
+        "full",
+        "TR-PTS, U/in 0.1",
+    }
+    assert [bar.limit for bar in bars] == [1.1, 1, 0.87, 0.78, 0.45, 0.78, 0.45, 1.35, 1, 0.95, 0.9, 0.05, 6, 4]
+    json.dumps({**results, "bars": [asdict(bar) for bar in bars]})
+    figure.draw(results, tmp_path / "cost.png")
+    assert (tmp_path / "cost.png").stat().st_size > 10_000
+    disk = {row["dtype"]: row["bytes_per_weight"] for row in results["disk"]}
+    assert disk == {"float32": 6.0, "bfloat16": 4.0}
+    by_method = {row["method"]: row for row in results["training"]}
+    assert by_method["frozen"]["kept_bytes"] < by_method["TR-PTS"]["kept_bytes"] < by_method["full"]["kept_bytes"]
+    assert all(row["peak_bytes"] >= row["kept_bytes"] / 2 for row in results["training"])
+    (fisher,) = results["fisher"]
+    assert fisher["sum_bytes"] == 8 * BLOCKS * (4 * WIDTH**2 + 2 * WIDTH * 80)
+
+
+@pytest.mark.parametrize(
+    ("name", "trained"),
+    [
+        ("frozen", WIDTH),
+        ("linear", 0),
+        ("BitFit", BLOCKS * (4 * WIDTH + 80 + WIDTH + 2 * WIDTH) + WIDTH + WIDTH),
+        ("LoRA r=8", BLOCKS * 8 * (4 * 2 * WIDTH + 2 * (WIDTH + 80))),
+        ("TR-PTS", BLOCKS * (5 * WIDTH + 80) * (3 + 1)),
+    ],
+)
+def test_trainable_parameters_without_the_head(tiny, name, trained):
+    model = methods.methods()[name]()
+    counted = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "classifier" not in n)
+    assert counted == trained
+    assert any("classifier" in n and p.requires_grad for n, p in model.named_parameters())
+
+
+def test_gradients_flow_through_every_block_of_the_frozen_model(tiny):
+    model, reached = methods.methods()["frozen"](), []
+    for block in model.vit.layers:
+        block.register_full_backward_hook(lambda *_: reached.append(1))
+    model(**cost.drawn_batch(2, "cpu")).loss.backward()
+    assert len(reached) == BLOCKS
+    assert not any(p.requires_grad for p in model.vit.layers.parameters())
+
+
+def test_linears_use_the_share_of_their_inputs_that_is_asked_for(tiny):
+    shares = used_shares(methods.trpts(shares=methods.everywhere(0.2)))
+    assert shares == {kind: pytest.approx(0.2) for kind in methods.LINEARS}
+
+
+@pytest.mark.parametrize(("measured", "holds"), [(0.9, [True, True, False]), (1.0, [True, False, True])])
+def test_bars(measured, holds):
+    assert [report.Bar("x", measured, sign, 1.0).holds for sign in ("≤", "<", "≥")] == holds
+
+
+# ---- measuring ----
+
+
+def test_the_peak_counts_what_is_alive_at_a_time():
+    def action():
+        first = torch.ones(1000)
+        second = first + 1
+        del first
+        return second * 2 + 1
+
+    assert 12_000 <= peak_bytes(action) < 12_100  # three tensors, and the numbers 1 and 2
+
+
+def test_saved_activations_count_each_storage_once():
+    model = nn.Linear(8, 8).requires_grad_(False)
+    x = torch.randn(4, 8, requires_grad=True)
+
+    class Output(dict):
+        loss = property(lambda self: self["loss"])
+
+    class Squared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = model
+
+        def forward(self, pixel_values):
+            y = self.linear(pixel_values)
+            return Output(loss=(y * y * 2).sum())
+
+    assert saved_activation_bytes(Squared(), {"pixel_values": x}) == 4 * 8 * 4
+
+
+def test_resident_bytes_count_each_storage_once():
+    tensor = torch.zeros(10)
+    assert resident_bytes(tensor, tensor[:3], torch.zeros(2)) == 48
+
+
+def test_actions_take_turns():
+    calls = []
+    seconds = interleaved_seconds({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
+    assert calls == ["a", "b"] * 3
+    assert [len(values) for values in seconds.values()] == [2, 2]
+
+
+def test_ratios_are_taken_within_a_round():
+    assert median_ratio([2.0, 30.0, 5.0], [1.0, 10.0, 2.0]) == 2.5
+
+
+def test_markdown_table():
+    assert markdown_table(["a", "b"], [["x", "1"]]) == "| a | b |\n| --- | ---: |\n| x | 1 |"

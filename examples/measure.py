@@ -119,7 +119,7 @@ def saved_activation_bytes(model: nn.Module, batch: Batch) -> int:
             storage = part.untyped_storage()
             if storage.data_ptr() not in resident:
                 sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself may hold the graph that holds it
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model.train()(**batch).loss  # holds the graph, so that no storage is freed and its address used again

@@ -25,11 +25,12 @@ def accuracy(model: nn.Module, batch: Batch) -> float:
 
 
 def training_step(model: nn.Module) -> Callable[[Batch], None]:
-    """Forward, backward and Adam update on a batch, ready to be called again and again."""
+    """Forward, backward and Adam update on a batch, ready to be called again and again; `model` is put to training."""
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.0)  # changes no weight
 
+    model.train()
+
     def step(batch: Batch) -> None:
-        model.train()
         optimizer.zero_grad()
         model(**batch).loss.backward()
         optimizer.step()
@@ -38,11 +39,12 @@ def training_step(model: nn.Module) -> Callable[[Batch], None]:
 
 
 def inference(model: nn.Module, batch: Batch) -> Callable[[], None]:
-    """The logits of one batch, ready to be called again and again."""
+    """The logits of one batch, ready to be called again and again; `model` is put to evaluation."""
+    model.eval()
 
     def predict() -> None:
         with torch.inference_mode():
-            model.eval()(pixel_values=batch["pixel_values"])
+            model(pixel_values=batch["pixel_values"])
 
     return predict
 

@@ -51,6 +51,8 @@ def test_every_table_is_filled_and_every_bar_is_judged(results, capsys, tmp_path
     }
     assert [bar.limit for bar in bars] == [1.1, 1, 0.87, 0.78, 0.45, 0.78, 0.45, 1.35, 1, 0.95, 0.9, 0.05, 6, 4]
     json.dumps({**results, "bars": [asdict(bar) for bar in bars]})
+    on_a_gpu = report.bars_of({**results, "settings": {**results["settings"], "device": "cuda"}})
+    assert [bar.limit for bar, other in zip(on_a_gpu, bars, strict=True) if bar.limit != other.limit] == [1.2]
     figure.draw(results, tmp_path / "cost.png")
     assert (tmp_path / "cost.png").stat().st_size > 10_000
     disk = {row["dtype"]: row["bytes_per_weight"] for row in results["disk"]}

@@ -166,6 +166,18 @@ def test_half_precision_models_are_scored(tiny_vit, labelled_images):
     assert torch.corrcoef(torch.stack([scores[name].flatten(), expected[name].flatten()]))[0, 1] > 0.98
 
 
+@pytest.mark.parametrize("score", ["fisher", "gradient"])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_small_gradients_survive_autocast(score, tokens):
+    x, grad, layer = torch.randn(4, tokens, 6), 1e-4 * torch.randn(4, tokens, 5), nn.Linear(6, 5)
+    collector = FisherCollector({"0": layer}, score, 256)
+    with torch.autocast("cpu", torch.float16):
+        collector._accumulate("0", x, grad)
+    gradients = torch.einsum("bto,bti->boi", grad.double(), x.double())
+    expected = gradients.square().sum(0) if score == "fisher" else gradients.sum(0)
+    torch.testing.assert_close(collector.sums["0"], expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
 def test_inputs_without_a_token_axis_are_samples():
     model, x = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)), torch.randn(6, 5)
     collector = FisherCollector({"0": model[0]}, "fisher", 256)

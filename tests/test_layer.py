@@ -461,14 +461,15 @@ def test_repr_names_the_connections():
 # ---- compile, export ----
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("active", [["a"], ["a", "b"]])
-def test_compiles_as_one_graph(active):
+def test_compiles_as_one_graph(active, dynamic):
     torch.compiler.reset()
     layer, x = make("a", "b"), inputs().requires_grad_()  # three dimensions: eager looks for tokens without a gradient
     layer.set_adapter(active)
     expected = layer(x)
     grads = torch.autograd.grad(expected.square().sum(), [x, layer.trpts_values["a"]])
-    y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    y = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)(x)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(torch.autograd.grad(y.square().sum(), [x, layer.trpts_values["a"]]), grads)
 

@@ -552,20 +552,34 @@ def test_16_bit_adapters_train(autocast_adapter_dtype: bool) -> None:
     assert values.grad is not None and values.grad.any()
 
 
-def test_weights_that_accelerate_has_moved_away_are_fetched_to_merge() -> None:
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_weights_that_accelerate_has_moved_away_are_fetched_to_merge(safe_merge: bool) -> None:
     model = adapter()
-    expected, merged_in_place = predict(model), adapter()
+    expected, merged_in_place, kept = predict(model), adapter(), {}
     merged_in_place.merge_adapter()
-    for linear in linears(model).values():
-        kept = {name: parameter.detach().clone() for name, parameter in linear.base_layer.named_parameters()}
-        hook = AlignDevicesHook(execution_device="cpu", offload=True, weights_map=kept)
+    for name, linear in linears(model).items():
+        kept[name] = {key: parameter.detach().clone() for key, parameter in linear.base_layer.named_parameters()}
+        hook = AlignDevicesHook(execution_device="cpu", offload=True, weights_map=kept[name])
         add_hook_to_module(linear.base_layer, hook)
         assert linear.base_layer.weight.is_meta
-    model.merge_adapter()
+    before = copy.deepcopy(kept)
+    model.merge_adapter(safe_merge=safe_merge)
     assert torch.equal(predict(model), predict(merged_in_place))
     model.unmerge_adapter()
     torch.testing.assert_close(predict(model), expected, rtol=1e-5, atol=1e-5)
-    assert not any(linear.merged for linear in linears(model).values())
+    for name, linear in linears(model).items():
+        assert not linear.merged
+        assert all(torch.equal(kept[name][key], tensor) for key, tensor in before[name].items())
+
+
+def test_linears_that_share_a_weight_are_unmerged_in_the_opposite_order() -> None:
+    base = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    base[2].weight = base[0].weight
+    model = get_peft_model(base, TRPTSConfig(target_modules=["0", "2"], init_weights=False))
+    before = base[0].base_layer.weight.detach().clone()
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert torch.equal(base[0].base_layer.weight, before)
 
 
 def test_autocast() -> None:

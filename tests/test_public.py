@@ -14,7 +14,7 @@ import trpts_peft
 SOURCE = Path(trpts_peft.__file__).parent
 MODULES = sorted(SOURCE.glob("*.py"))
 FLOORS = (
-    {"functional", "sparse_linear", "peft_type", "tuner_layer", "families"},
+    {"card", "functional", "sparse_linear", "peft_type", "tuner_layer", "families"},
     {"config", "layer", "vit", "fisher", "data", "probe", "head", "cost"},
     {"selection", "measurement", "record", "checkpoint", "weighted"},
     {"model", "plots"},

@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from trpts_peft.sparse_linear import added_linear, compose_weight, index_columns, is_thin, sparse_linear
+from trpts_peft.sparse_linear import (
+    _rows_to_visit,
+    added_linear,
+    compose_weight,
+    index_columns,
+    is_thin,
+    keeps_used,
+    sparse_linear,
+)
 
 ROWS, INPUTS = 6, 64
 # Used columns, and what is done with that many: a product of their own; a composed weight; all of the input kept.
@@ -79,6 +87,7 @@ def test_the_share_of_used_columns_decides_the_path(path, thin):
 
 def test_the_limit_between_the_paths():
     assert [is_thin(used, 768) for used in (1, 38, 39, 768)] == [True, True, False, False]
+    assert [keeps_used(used, 768) for used in (1, 384, 385, 768)] == [True, True, False, False]
 
 
 @each_product
@@ -159,6 +168,28 @@ def test_an_update_of_zero_changes_no_bit(path):
 
 
 @each_path
+@pytest.mark.parametrize("shape", [(4, INPUTS), (2, 5, INPUTS)])
+def test_the_output_may_be_changed_in_place(path, shape):
+    x, weight, bias, columns, values = case(shape=shape, path=path)
+    y = F.relu_(sparse(x, weight, bias, columns, values))
+    reference = F.relu(dense(x, weight, bias, columns, values))
+    gradients = torch.autograd.grad(y.square().sum(), [x, values])
+    for gradient, expected in zip(gradients, torch.autograd.grad(reference.square().sum(), [x, values]), strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("path", ["thin", "composed"])
+def test_values_add_up_in_their_own_precision(path, monkeypatch):
+    """A column that occurs twice, with values whose sum 16 bits can hold, though not the first of them."""
+    monkeypatch.setattr("trpts_peft.sparse_linear._THIN_SHARE", int(path == "thin"))
+    columns = torch.tensor([[1, 1]]).expand(ROWS, -1).contiguous()
+    x = torch.randn(4, INPUTS).bfloat16()
+    values = torch.tensor([[257.0, -256.0]]).expand(ROWS, -1)
+    y = sparse(x, torch.zeros(ROWS, INPUTS), None, columns, values)
+    assert torch.equal(y, x[:, 1:2].expand_as(y))
+
+
+@each_path
 def test_an_empty_batch(path):
     arguments = case(shape=(0, 5, INPUTS), path=path)
     y, *gradients = outputs_and_gradients(sparse, *arguments)
@@ -187,7 +218,7 @@ def test_backward_keeps_only_the_used_columns_of_the_input(path):
 def test_backward_keeps_the_input_itself_where_most_of_it_is_used():
     x, weight, bias, columns, values = case(path="whole input")
     saved = saved_by(lambda: sparse(x, weight, bias, columns, values))
-    (kept,) = [t for t in saved if t.is_floating_point() and t.shape[0] == 2]
+    (kept,) = [t for t in saved if t.is_floating_point() and t.shape[0] == 10]
     assert kept.data_ptr() == x.data_ptr()
 
 
@@ -205,6 +236,30 @@ def test_tokens_without_a_gradient_are_left_out(path, tokens, monkeypatch):
     assert rows[0] == (10 if tokens == [4] else 2 * len(tokens))  # only a zero gradient of the last makes it look
     for result, expected in zip(results, torch.autograd.grad(reference, [x, bias, values], grad), strict=True):
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_device_that_would_have_to_wait_is_not_asked(monkeypatch):
+    monkeypatch.setattr("trpts_peft.sparse_linear.tokens_with_gradient", lambda grads: pytest.fail("asked"))
+    assert _rows_to_visit(torch.zeros(10, ROWS, device="meta"), 5) is None
+    assert _rows_to_visit(torch.zeros(10, ROWS), None) is None
+
+
+@pytest.mark.parametrize("path", ["thin", "composed"])
+def test_the_gradient_of_the_bias_comes_with_that_of_the_values(path, monkeypatch):
+    x, weight, bias, columns, values = case(path=path)
+    y = sparse(x, weight, bias, columns, values)
+    monkeypatch.setattr(torch.Tensor, "sum", lambda *_, **__: pytest.fail("summed"))
+    (gradient,) = torch.autograd.grad(y, bias, torch.ones_like(y), retain_graph=True)
+    torch.testing.assert_close(gradient, torch.full((ROWS,), 10.0))
+
+
+@each_path
+def test_nothing_is_gathered_to_be_thrown_away(path, monkeypatch):
+    arguments, gathered, select = case(path=path), [], torch.Tensor.index_select
+    monkeypatch.setattr(torch.Tensor, "index_select", lambda *args: gathered.append(1) or select(*args))
+    with torch.no_grad():
+        sparse(*arguments)
+    assert len(gathered) == (path == "thin")
 
 
 def test_a_large_gradient_is_formed_some_rows_at_a_time(monkeypatch):

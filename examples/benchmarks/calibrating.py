@@ -12,7 +12,7 @@ from benchmarks.methods import full
 from measure import Batch, interleaved_seconds, median_ratio, peak_bytes, saved_activation_bytes
 from trpts_peft import FisherScores, estimate_fisher
 
-BATCH_SIZE, ROUNDS, WORKSPACE_MB = 8, 2, 256
+BATCH_SIZE, ROUNDS, WORKSPACE_MB = 8, 3, 256
 
 
 def fisher_rows(images: int, device: str) -> list[dict[str, Any]]:
@@ -36,6 +36,7 @@ def fisher_rows(images: int, device: str) -> list[dict[str, Any]]:
             "fisher_to_plain": median_ratio(seconds["fisher"], seconds["plain"]),
             "peak_bytes": peak,
             "sum_bytes": 8 * sum(scored),
+            "score_bytes": 4 * sum(scored),
             "workspace_bytes": WORKSPACE_MB * 2**20,
             "activation_bytes": saved_activation_bytes(model, batch),
             "seconds": seconds,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from benchmarks.methods import LINEARS, USED_SHARES, drawn_scores, lora, trpts
 from measure import interleaved_seconds, median_ratio
 from trpts_peft import calibrate
 
+MERGES = "unmerge and merge only"
+
 
 def switch_rows(rounds: int, device: str) -> list[dict[str, Any]]:
-    """Unmerge the one adapter, activate the other, merge it: both methods, and what of it is `set_adapter`."""
+    """From one merged adapter to another: unmerge, `set_adapter`, merge; and unmerge and merge of one by themselves."""
     sparse, low_rank = trpts(), lora()
     assert isinstance(sparse, PeftModel)
     assert isinstance(low_rank, PeftModel)
@@ -28,17 +31,15 @@ def switch_rows(rounds: int, device: str) -> list[dict[str, Any]]:
     calibrate(sparse, None, adapter_name="other", scores=scores, probe_head=False, overwrite=True, progress=False)
     low_rank.add_adapter("other", LoraConfig(r=8, target_modules=LINEARS, modules_to_save=["classifier"]))
     models = {"TR-PTS": sparse.to(device), "LoRA r=8": low_rank.to(device)}
-    for model in models.values():
+    actions: dict[str, Callable[[], None]] = {}
+    for name, model in models.items():
         randomize(model)
-        model.merge_adapter()
-    actions = {name: switch(model, merged=True) for name, model in models.items()}
-    for model in models.values():
         model.requires_grad_(False)  # serving trains nothing
+        model.merge_adapter()
+        actions |= {f"{name}, switch": switch(model), f"{name}, {MERGES}": partial(merge_again, model)}
     seconds = interleaved_seconds(actions, rounds)
-    return [
-        {"method": name, "to_lora": median_ratio(values, seconds["LoRA r=8"]), "seconds": values}
-        for name, values in seconds.items()
-    ]
+    reference = seconds[f"LoRA r=8, {MERGES}"]
+    return [{"what": n, "to_lora": median_ratio(values, reference), "seconds": values} for n, values in seconds.items()]
 
 
 def randomize(model: nn.Module) -> None:
@@ -50,18 +51,22 @@ def randomize(model: nn.Module) -> None:
             parameter.data.copy_(0.01 * noise)
 
 
-def switch(model: PeftModel, merged: bool) -> Callable[[], None]:
-    """Activate the adapters in turn."""
+def switch(model: PeftModel) -> Callable[[], None]:
+    """Go to the other one of two merged adapters, whenever called."""
     names = itertools.cycle(["other", "default"])
 
     def act() -> None:
-        if merged:
-            model.unmerge_adapter()
+        model.unmerge_adapter()
         model.set_adapter(next(names), inference_mode=True)
-        if merged:
-            model.merge_adapter()
+        model.merge_adapter()
 
     return act
+
+
+def merge_again(model: PeftModel) -> None:
+    """Without the search for the other adapter."""
+    model.unmerge_adapter()
+    model.merge_adapter()
 
 
 def disk_rows() -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from peft import PeftConfig
 
+from .card import update_card
 from .peft_type import TRPTS
 
 __all__ = ["TRPTSConfig"]
@@ -169,6 +170,17 @@ class TRPTSConfig(PeftConfig):
         options: dict[str, Any] = super().to_dict()
         del options["allow_other_base"]
         return options
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json, and the adapter's part of the model card that PEFT has put beside it.
+
+        Args:
+            save_directory: the folder.
+            **kwargs: as for PEFT's configs.
+        """
+        base = kwargs.get("auto_mapping_dict") or self.auto_mapping or {}
+        super().save_pretrained(save_directory, **kwargs)
+        update_card(save_directory, self, base.get("base_model_class"))
 
     def _check_names(self) -> None:
         for name in ("target_modules", "exclude_modules", "layers_pattern"):

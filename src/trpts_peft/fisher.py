@@ -140,10 +140,11 @@ class FisherCollector:
 
     def _accumulate(self, name: str, inputs: Tensor, grad: Tensor) -> None:
         x, g = _by_sample(inputs).float(), _by_sample(grad.detach()).float()
-        if self.score == "fisher":
-            self.sums[name] += squared_gradient_sum(x, g, workspace_mb=self.workspace_mb)
-        else:
-            self.sums[name] += g.flatten(0, 1).t() @ x.flatten(0, 1)
+        with torch.autocast(x.device.type, enabled=False):  # 16 bits cannot hold the squares of gradients
+            if self.score == "fisher":
+                self.sums[name] += squared_gradient_sum(x, g, workspace_mb=self.workspace_mb)
+            else:
+                self.sums[name] += g.flatten(0, 1).t() @ x.flatten(0, 1)
 
     def result(self, add_up: Callable[[Tensor], Tensor]) -> FisherScores:
         """The mean over samples (its absolute value for `"gradient"`), float32 on the CPU; the sums are given up.

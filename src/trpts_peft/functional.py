@@ -70,9 +70,10 @@ def _samples_at_once(device: torch.device, room: int) -> int:
 
 
 def tokens_with_gradient(grad_outputs: Tensor) -> Tensor | None:
-    """Indices of the tokens of (B, T, out) whose gradient is not zero throughout the batch; None for all of them.
+    """Indices of the tokens of (B, T, out) whose gradient is not zero throughout the batch.
 
-    In the last block of a classifier that reads the CLS token, the other tokens of most linears have none.
+    In the last block of a classifier that reads the CLS token, the other tokens of most linears have none. None, for
+    all of them, where the last token has one: then it is not that block, and no further look is taken.
     """
     if grad_outputs.numel() == 0 or bool(grad_outputs[:, -1].any()):
         return None

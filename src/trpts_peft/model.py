@@ -173,7 +173,7 @@ class TRPTSModel(BaseTuner):
 
     def unmerge_adapter(self) -> None:
         """Put back the base weights that merging has overwritten, to the bit."""
-        for layer in _tuner_layers(self.model):
+        for layer in reversed(_tuner_layers(self.model)):  # two that share a weight have merged one after the other
             with _onloaded(layer):
                 layer.unmerge()
 
@@ -307,7 +307,8 @@ def _check_entries(layers: list[Any], adapter_names: list[str]) -> None:
     """Refuse before any layer is merged: a model merged by half is of no use."""
     for layer in layers:
         if isinstance(layer, TRPTSLinear):
-            layer.check_merge([name for name in adapter_names if name not in layer.merged_adapters])
+            with _onloaded(layer):
+                layer.check_merge([name for name in adapter_names if name not in layer.merged_adapters])
 
 
 def _onloaded(layer: Any) -> AbstractContextManager[None]:

@@ -11,14 +11,14 @@ from torch.autograd.function import once_differentiable
 
 from .functional import tokens_with_gradient
 
-__all__ = ["added_linear", "compose_weight", "index_columns", "is_thin", "sparse_linear"]
+__all__ = ["added_linear", "compose_weight", "index_columns", "is_thin", "keeps_used", "sparse_linear"]
 
-# Measured on ViT-B/16, batch 4 and 8 (docs/benchmarks.md). Composing W + Δ twice costs the same whatever U; the thin
-# products cost more with every used column, and are cheaper below this share.
+# Measured on ViT-B/16 (docs/benchmarks.md): to compose W + Δ costs the same for any number of used columns; a product
+# for Δ alone costs more with every used column, and is cheaper below this share of them.
 _THIN_SHARE = 1 / 20
-# From this share on, keeping the used columns saves no memory: several linears share one input, but no used columns.
-_SHARED_INPUT_SHARE = 1 / 2
-_GRADIENT_ENTRIES = 2**20  # of a weight gradient at a time; the largest block of rows that fits
+# A rule of thumb: q, k and v share one input, but no used columns, so from some share on all of it takes less memory.
+_WHOLE_INPUT_SHARE = 1 / 2
+_GRADIENT_ENTRIES = 2**18  # of a weight gradient at a time, where all of the input was kept
 
 
 def index_columns(columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,100 +33,104 @@ def compose_weight(weight: Tensor, columns: Tensor, values: Tensor) -> Tensor:
 
 
 def is_thin(used: int, in_features: int) -> bool:
-    """Whether x Δᵀ is a product of its own, over the `used` columns; else W + Δ is composed, whatever U at one cost.
+    """Whether x Δᵀ is a product of its own, over the `used` columns; else W + Δ is composed.
 
     A rule on shapes alone, so that a run that is resumed computes what the interrupted one would have, to the bit.
     """
     return used <= _THIN_SHARE * in_features
 
 
+def keeps_used(used: int, in_features: int) -> bool:
+    """Whether backward gets a copy of the input's `used` columns; else the input itself. A rule on shapes alone."""
+    return used <= _WHOLE_INPUT_SHARE * in_features
+
+
 def _thin_update(values: Tensor, slots: Tensor, used: int, dtype: torch.dtype) -> Tensor:
-    """Δ over the used columns, (out, U)."""
+    """Δ over the used columns, (out, U); equal columns add up in the precision of `values`."""
     return values.new_zeros(values.shape[0], used).scatter_add_(1, slots, values).to(dtype)
 
 
-def _used_columns(rows: Tensor, used: Tensor, ones: bool) -> Tensor:
-    """(T, in) → (T, U), and a column of ones behind them: a product with it is a sum, at no cost of its own."""
-    gathered = rows.index_select(1, used)
-    return torch.cat([gathered, gathered.new_ones(len(rows), 1)], dim=1) if ones else gathered
-
-
 class _SparseLinear(torch.autograd.Function):
-    """Autograd would keep all of x and form a dense weight gradient; this keeps x[..., used] and forms (out, U)."""
+    """Autograd would keep all of x and form all of the weight gradient: here x[:, used] and (out, U) of it will do.
+
+    Takes rows (N, in_features) and gives rows, so that no output is a view, which nothing could change in place. What
+    is decided by shapes and modes comes from outside: inside, a compiler may know the shapes by symbols only.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
+        rows: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         columns: Tensor,
         values: Tensor,
         used: Tensor,
         slots: Tensor,
+        thin: bool,
+        keep: str | None,
+        tokens: int | None,
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        ctx.thin = is_thin(len(used), x.shape[-1])
-        trains = ctx.needs_input_grad[4]
-        ctx.keeps_used = trains and len(used) <= _SHARED_INPUT_SHARE * x.shape[-1]
-        x_used = _used_columns(rows, used, bias is not None) if ctx.thin or ctx.keeps_used else None
-        kept = x_used if ctx.keeps_used else x if trains else None
+        ctx.thin, ctx.keep, ctx.tokens = thin, keep, tokens
+        x_used = rows.index_select(1, used) if thin or keep == "used" else None
+        kept = _with_ones(x_used) if keep == "used" and x_used is not None else rows if keep == "input" else None
         ctx.save_for_backward(kept, weight, columns, values, used, slots)
-        if not ctx.thin:
-            return F.linear(x, compose_weight(weight, columns, values).to(x.dtype), bias)
-        assert x_used is not None
-        delta = _thin_update(values, slots, len(used), x.dtype)
-        if bias is not None:
-            delta = torch.cat([delta, bias.unsqueeze(1)], dim=1)
-        y = (x_used @ delta.t()).addmm_(rows, weight.t().to(x.dtype))
-        return y.view(*x.shape[:-1], weight.shape[0])
+        if x_used is None or not thin:
+            return F.linear(rows, compose_weight(weight, columns, values).to(rows.dtype), bias)
+        delta = _thin_update(values, slots, used.shape[0], rows.dtype).t()
+        y = x_used @ delta if bias is None else torch.addmm(bias, x_used, delta)
+        return y.addmm_(rows, weight.t().to(rows.dtype))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
         kept, weight, columns, values, used, slots = ctx.saved_tensors
-        needs_x, _, needs_bias, _, needs_values, _, _ = ctx.needs_input_grad
+        needs_x, _, needs_bias, _, needs_values, *_ = ctx.needs_input_grad
         grad_x = grad_bias = grad_values = None
-        tokens = _tokens_to_visit(grad_output)
-        grads = grad_output if tokens is None else grad_output[:, tokens]
-        grad_rows = grads.reshape(-1, grads.shape[-1])
+        visited, count = _rows_to_visit(grad_rows, ctx.tokens), grad_rows.shape[0]
+        if visited is not None:
+            grad_rows, kept = grad_rows[visited], kept if kept is None else kept[visited]
         if needs_x and ctx.thin:
-            delta = _thin_update(values, slots, len(used), grads.dtype)
-            grad_x = (grad_rows @ weight.to(grads.dtype)).index_add_(1, used, grad_rows @ delta)
+            delta = _thin_update(values, slots, used.shape[0], grad_rows.dtype)
+            grad_x = (grad_rows @ weight.to(grad_rows.dtype)).index_add_(1, used, grad_rows @ delta)
         elif needs_x:
             # Composed again, so that no dense copy of W is kept between forward and backward.
-            grad_x = grad_rows @ compose_weight(weight, columns, values).to(grads.dtype)
-        if needs_values:
-            kept = kept.view(*grad_output.shape[:-1], kept.shape[-1])
-            kept = kept if tokens is None else kept[:, tokens]
-            rows = kept.reshape(-1, kept.shape[-1])
-            if ctx.keeps_used:
-                grad_used = rows.t() @ grad_rows
-                grad_values = grad_used.t().gather(1, slots).to(values.dtype)
-                grad_bias = grad_used[len(used)] if needs_bias else None
-            else:
-                grad_values = _gathered_gradient(rows, grad_rows, columns).to(values.dtype)
+            grad_x = grad_rows @ compose_weight(weight, columns, values).to(grad_rows.dtype)
+        if grad_x is not None and visited is not None:
+            grad_x = grad_x.new_zeros(count, grad_x.shape[1]).index_copy_(0, visited, grad_x)
+        if needs_values and ctx.keep == "used":
+            grad_used = kept.t() @ grad_rows
+            grad_values = grad_used.t().gather(1, slots).to(values.dtype)
+            grad_bias = grad_used[-1] if needs_bias and _sums_by_product(grad_rows) else None
+        elif needs_values:
+            grad_values = _gathered_gradient(kept, grad_rows, columns).to(values.dtype)
         if needs_bias and grad_bias is None:
             grad_bias = grad_rows.sum(dim=0)
-        if grad_x is not None:
-            grad_x = _all_tokens(grad_x, tokens, grad_output)
-        return grad_x, None, grad_bias, None, grad_values, None, None
+        return grad_x, None, grad_bias, None, grad_values, None, None, None, None, None
 
 
-def _tokens_to_visit(grad_output: Tensor) -> Tensor | None:
-    """Tokens that are not all zero, or None for all. To ask would make a GPU wait, and a compiled graph cannot."""
-    if grad_output.dim() != 3 or grad_output.device.type != "cpu" or torch.compiler.is_compiling():
+def _sums_by_product(rows: Tensor) -> bool:
+    """Whether a column of ones sums rows up beside a product, at no cost of its own: a GPU may round products."""
+    return rows.device.type == "cpu"
+
+
+def _with_ones(x_used: Tensor) -> Tensor:
+    """(N, U), on a CPU with a column of ones behind it."""
+    return torch.cat([x_used, x_used.new_ones(x_used.shape[0], 1)], dim=1) if _sums_by_product(x_used) else x_used
+
+
+def _rows_to_visit(grad_rows: Tensor, tokens: int | None) -> Tensor | None:
+    """The rows of those tokens that have a gradient in some sample, None for all rows.
+
+    To ask would make a GPU wait, and a compiled graph cannot: there all rows are visited.
+    """
+    if not tokens or grad_rows.device.type != "cpu" or torch.compiler.is_compiling():
         return None
-    return tokens_with_gradient(grad_output)
-
-
-def _all_tokens(grad_rows: Tensor, tokens: Tensor | None, grad_output: Tensor) -> Tensor:
-    """(T, in) in the shape of the layer's input; zero for the tokens that were not visited."""
-    shape = (*grad_output.shape[:-1], grad_rows.shape[-1])
-    if tokens is None:
-        return grad_rows.view(shape)
-    visited = grad_rows.view(shape[0], len(tokens), shape[-1])
-    return grad_rows.new_zeros(shape).index_copy_(1, tokens, visited)
+    visited = tokens_with_gradient(grad_rows.reshape(-1, tokens, grad_rows.shape[1]))
+    if visited is None:
+        return None
+    first = torch.arange(0, grad_rows.shape[0], tokens).unsqueeze(1)
+    return (first + visited).flatten()
 
 
 def _gathered_gradient(rows: Tensor, grad_rows: Tensor, columns: Tensor) -> Tensor:
@@ -142,6 +146,7 @@ def sparse_linear(
     """x (W + Δ)ᵀ + b with no gradient for W; keeps U of the in_features input columns for backward.
 
     Where U is more than half of in_features, all of x is kept instead, without a copy.
+    On a CPU, backward leaves out the tokens of (B, T, in_features) whose gradient is zero in all samples.
 
     Args:
         x: (..., in_features), in the dtype to compute in.
@@ -155,8 +160,14 @@ def sparse_linear(
     Returns:
         (..., out_features) in the dtype of `x`.
     """
-    y: Tensor = _SparseLinear.apply(x, weight, bias, columns, values, used, slots)  # type: ignore[no-untyped-call]
-    return y
+    inputs, tokens = weight.shape[1], x.shape[1] if x.dim() == 3 else None
+    keep = None
+    if torch.is_grad_enabled() and values.requires_grad:
+        keep = "used" if keeps_used(used.shape[0], inputs) else "input"
+    thin = is_thin(used.shape[0], inputs)
+    rows = x.reshape(-1, inputs)
+    y: Tensor = _SparseLinear.apply(rows, weight, bias, columns, values, used, slots, thin, keep, tokens)  # type: ignore[no-untyped-call]
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
 def added_linear(base_output: Tensor, x: Tensor, values: Tensor, used: Tensor, slots: Tensor) -> Tensor:

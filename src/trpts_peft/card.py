@@ -1,0 +1,107 @@
+"""The part of a model card that says what an adapter is and how to load it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+
+__all__ = ["describe_adapter", "update_card"]
+
+_BEGIN, _END = "<!-- TR-PTS: written whenever the adapter is saved -->", "<!-- TR-PTS: end -->"
+_OURS = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
+_TAGS = ("sparse", "token-reduction", "trpts")
+_COLUMNS = ".trpts_columns"
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def update_card(folder: str | Path, config: Any, base_model_class: str | None) -> None:
+    """Write into the README.md of a saved adapter, where there is one, what a reader needs to use it.
+
+    What else stands there stays; what an earlier call wrote is replaced.
+
+    Args:
+        folder: where the adapter's safetensors file lies.
+        config: its TRPTSConfig.
+        base_model_class: name of the class of the base model in transformers; None where it is not known.
+    """
+    path, file = Path(folder) / "README.md", Path(folder) / "adapter_model.safetensors"
+    if not path.is_file() or not file.is_file():
+        return
+    card = ModelCard.load(path)
+    card.data.tags = sorted({*(card.data.tags or ()), *_TAGS})
+    if card.data.pipeline_tag is None and (base_model_class or "").endswith("ForImageClassification"):
+        card.data.pipeline_tag = "image-classification"
+    section = f"{_BEGIN}\n{describe_adapter(config, _shapes_in(file), base_model_class)}\n{_END}"
+    others = _OURS.sub("", card.text).lstrip()
+    card.text = f"{section}\n\n{others}"
+    card.save(path)
+
+
+def _shapes_in(path: Path) -> Shapes:
+    with safe_open(path, framework="pt") as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+
+
+def describe_adapter(config: Any, shapes: Shapes, base_model_class: str | None) -> str:
+    """Markdown: what the adapter changes, how to load it, and a table of its blocks.
+
+    Args:
+        config: its TRPTSConfig.
+        shapes: {key in the adapter's file: shape}.
+        base_model_class: name of the class of the base model in transformers; None where it is not known.
+    """
+    columns = {key.removesuffix(_COLUMNS): shape for key, shape in shapes.items() if key.endswith(_COLUMNS)}
+    trained = sum(neurons * count for neurons, count in columns.values())
+    text = f"A sparse update of {trained:,} weights in {len(columns)} linear layers of the base model, by TR-PTS."
+    if config.connections is None:
+        text += " It is **not calibrated**: each neuron trains its inputs of largest weight, whatever the task."
+    snippet = "\n".join(_snippet(config, shapes, base_model_class))
+    return "\n\n".join(
+        [
+            f"# TR-PTS adapter of {config.base_model_name_or_path or 'an unnamed model'}",
+            text,
+            f"```python\n{snippet}\n```",
+            "\n".join(_table(config, columns)),
+        ]
+    )
+
+
+def _snippet(config: Any, shapes: Shapes, base_model_class: str | None) -> list[str]:
+    """Code that loads base model and adapter."""
+    name = base_model_class or "AutoModelForImageClassification"
+    base = json.dumps(config.base_model_name_or_path or "the/base-model")
+    labels = [shape[0] for key, shape in shapes.items() if key.endswith("classifier.weight")]
+    head = f", num_labels={labels[0]}, ignore_mismatched_sizes=True" if labels else ""
+    return [
+        "import trpts_peft  # registers the method with PEFT",
+        "from peft import PeftModel",
+        f"from transformers import {name}",
+        "",
+        f"base = {name}.from_pretrained({base}{head})",
+        'model = PeftModel.from_pretrained(base, "user/repository").eval()  # this repository, or its folder',
+    ]
+
+
+def _table(config: Any, columns: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """One row a block, linears outside of any together in the last."""
+    blocks: dict[int | None, list[tuple[int, ...]]] = defaultdict(list)
+    for name, shape in columns.items():
+        index = re.search(r"\.(\d+)\.", name)
+        blocks[int(index[1]) if index else None].append(shape)
+    lines = ["| block | inputs per neuron | trainable weights | image tokens kept |", "| ---: | ---: | ---: | ---: |"]
+    for block in sorted(blocks, key=lambda index: (index is None, index)):
+        counts = sorted({count for _, count in blocks[block]})
+        weights = sum(neurons * count for neurons, count in blocks[block])
+        kept = f"{100 * config.keep_rate:g} %" if block in config.fixed_token_layers else "all"
+        between = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        cells = ["none" if block is None else f"{block}", between]
+        lines.append(f"| {' | '.join([*cells, f'{weights:,}', kept])} |")
+    return lines

@@ -1,0 +1,117 @@
+"""The model card of a saved adapter: true, loadable, and kind to what others wrote."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import ViTForImageClassification
+
+from conftest import LabelledImages, build_images, build_vit
+from trpts_peft import TRPTSConfig, calibrate
+from trpts_peft.card import describe_adapter
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A calibrated adapter with random values over a base that lies in a folder, both saved."""
+    build_vit().save_pretrained(tmp_path / "base")
+    base = ViTForImageClassification.from_pretrained(tmp_path / "base")
+    config = TRPTSConfig(keep_rate=0.5, token_layers=[1], modules_to_save=["classifier"], min_connections=2)
+    model = get_peft_model(base, config)
+    calibrate(model, LabelledImages(12), progress=False)
+    for name, parameter in model.named_parameters():
+        if "trpts_values" in name:
+            parameter.data.normal_()
+    model.save_pretrained(tmp_path / "adapter")
+    return model.eval(), tmp_path / "adapter"
+
+
+def snippet_of(card):
+    (code,) = re.findall(r"```python\n(.*?)```", card.text.partition("<!-- TR-PTS: end -->")[0], re.DOTALL)
+    return code
+
+
+def test_the_front_matter_says_what_it_is(saved):
+    _, folder = saved
+    data = ModelCard.load(folder / "README.md").data
+    assert data.library_name == "peft"
+    assert data.base_model == str(folder.parent / "base")
+    assert data.pipeline_tag == "image-classification"
+    assert {"trpts", "sparse", "token-reduction"} <= set(data.tags)
+
+
+def test_the_snippet_runs_and_gives_the_adapters_logits(saved):
+    model, folder = saved
+    code = snippet_of(ModelCard.load(folder / "README.md"))
+    names = {}
+    exec(code.replace("user/repository", str(folder)), names)
+    with torch.no_grad():
+        assert torch.equal(names["model"](build_images()).logits, model(build_images()).logits)
+
+
+def test_the_table_counts_what_trains(saved):
+    model, folder = saved
+    text = ModelCard.load(folder / "README.md").text
+    columns = {n: m.trpts_columns["default"].shape for n, m in model.named_modules() if hasattr(m, "trpts_columns")}
+    for block in range(4):
+        shapes = [shape for name, shape in columns.items() if f"layers.{block}." in name]
+        (count,) = {count for _, count in shapes}
+        kept = "50 %" if block == 1 else "all"
+        assert f"| {block} | {count} | {sum(a * b for a, b in shapes):,} | {kept} |" in text
+    assert f"update of {sum(a * b for a, b in columns.values()):,} weights in 24 linear layers" in text
+    assert "not calibrated" not in text
+
+
+def test_what_is_not_calibrated_says_so(tmp_path):
+    get_peft_model(build_vit(), TRPTSConfig()).save_pretrained(tmp_path)
+    text = ModelCard.load(tmp_path / "README.md").text
+    assert "It is **not calibrated**" in text
+    assert "| all |" in text
+    assert 'from_pretrained("the/base-model")' in text
+
+
+def test_saving_again_replaces_our_part_and_leaves_the_rest(saved):
+    model, folder = saved
+    card = ModelCard.load(folder / "README.md")
+    card.text = card.text.replace("24 linear layers", "99 linear layers") + "\nMy own words.\n"
+    card.data.license = "apache-2.0"
+    card.save(folder / "README.md")
+    model.save_pretrained(folder)
+    again = ModelCard.load(folder / "README.md")
+    assert again.text.count("24 linear layers") == 1
+    assert "99 linear" not in again.text
+    assert again.text.count("My own words.") == 1
+    assert again.data.license == "apache-2.0"
+
+
+def test_a_config_saved_by_itself_writes_no_card(tmp_path):
+    TRPTSConfig().save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]
+
+
+def test_another_method_is_left_alone(tmp_path):
+    get_peft_model(build_vit(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    assert "TR-PTS" not in (tmp_path / "README.md").read_text()
+
+
+def test_several_adapters_are_saved_beside_each_other(tmp_path):
+    model = get_peft_model(build_vit(), TRPTSConfig())
+    model.add_adapter("other", TRPTSConfig())
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "other" / "README.md").exists()
+    assert isinstance(PeftModel.from_pretrained(build_vit(), tmp_path / "other"), PeftModel)
+
+
+def test_linears_outside_of_blocks_and_of_unequal_counts():
+    shapes = {
+        f"m.{name}.trpts_columns": (5, count) for name, count in {"0.a": 1, "0.b": 3, "0.c": 2, "head": 4}.items()
+    }
+    config = TRPTSConfig(connections={"m.0.a": 1}, base_model_name_or_path='a"b')
+    text = describe_adapter(config, shapes, None)
+    assert "| 0 | 1 to 3 | 30 | all |" in text
+    assert "| none | 4 | 20 | all |" in text
+    assert r'AutoModelForImageClassification.from_pretrained("a\"b")' in text

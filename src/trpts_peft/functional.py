@@ -80,16 +80,23 @@ def tokens_with_gradient(grad_outputs: Tensor) -> Tensor | None:
     return grad_outputs.ne(0).any(dim=2).any(dim=0).nonzero().squeeze(1)
 
 
+_DIGIT = 16  # bits that are looked at in one pass
+
+
 def _top_threshold(values: list[Tensor], count: int) -> int:
-    """The bits of the `count`-th largest of all values; a bisection, so that nothing is sorted or concatenated."""
-    low, high = 0, max(int(v.max()) for v in values)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if sum(int((v >= middle).sum()) for v in values) >= count:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    """The bits of the `count`-th largest of all values, 16 at a time: nothing is sorted or concatenated."""
+    known, left = 0, count  # the leading bits of the answer; which of the values with these bits it is
+    for shift in range(8 * values[0].element_size() - _DIGIT, -1, -_DIGIT):
+        histogram = torch.zeros(2**_DIGIT, dtype=torch.int64, device=values[0].device)
+        for v in values:
+            leading = (v >> shift).flatten()
+            candidates = leading[leading >> _DIGIT == known] & (2**_DIGIT - 1)
+            histogram += torch.bincount(candidates, minlength=2**_DIGIT)
+        at_least = histogram.flip(0).cumsum(0)
+        position = int(torch.searchsorted(at_least, left))
+        left -= int(at_least[position - 1]) if position else 0
+        known = known << _DIGIT | (2**_DIGIT - 1 - position)
+    return known
 
 
 def top_counts(scores: Mapping[str, Tensor], units: Mapping[str, str], top_percent: float) -> dict[str, int]:

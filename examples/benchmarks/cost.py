@@ -38,6 +38,7 @@ from measure import (
 )
 from trpts_peft import estimate_cost
 
+SECTIONS = ("training", "fisher", "inference", "forward", "switching", "disk")
 OUTPUT = Path(__file__).resolve().parents[2] / "runs" / "bench"
 
 
@@ -165,8 +166,8 @@ def _compiled(model: nn.Module) -> Any:
     return torch.compile(model, fullgraph=True)
 
 
-def measure_all(settings: Settings) -> dict[str, Any]:
-    """Everything, as the content of the JSON file."""
+def measure_all(settings: Settings, only: str | None = None) -> dict[str, Any]:
+    """Every section, or `only` one of them, as the content of the JSON file."""
     sections: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "training": lambda: training_rows(settings),
         "fisher": lambda: fisher_rows(settings.fisher_images, settings.device),
@@ -179,6 +180,8 @@ def measure_all(settings: Settings) -> dict[str, Any]:
     }
     results: dict[str, Any] = {"settings": asdict(settings), "machine": machine(settings.device)}
     for name, section in sections.items():
+        if only not in (None, name):
+            continue
         print(f"measuring: {name}", flush=True)
         results[name] = section()
     return results
@@ -204,6 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--short", action="store_true", help="fewer rounds, nothing compiled")
+    parser.add_argument("--only", choices=SECTIONS, help="measure this section anew, keep the rest of cost.json")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder for cost.json and cost.png")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -212,12 +216,16 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     torch.set_num_threads(1)
     settings = CUDA if arguments.device == "cuda" else SHORT if arguments.short else CPU
-    results = measure_all(settings)
+    path = arguments.output / "cost.json"
+    if arguments.only and not path.is_file():
+        parser.error(f"`--only` needs an earlier run in {arguments.output}, got none: leave it out.")
+    earlier = json.loads(path.read_text(encoding="utf-8")) if arguments.only else {}
+    results = {**earlier, **measure_all(settings, arguments.only)}
     bars: list[Bar] = bars_of(results)
     results["bars"] = [asdict(bar) for bar in bars]
     print_report(results, bars)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "cost.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     draw(results, arguments.output / "cost.png")
 
 

@@ -101,9 +101,9 @@ def trpts(keep_rate: float = 1.0, shares: Shares = USED_SHARES, token_layers: li
     return model
 
 
-def drawn_scores(vit: nn.Module, shares: Shares) -> FisherScores:
-    """Scores under which every neuron picks its inputs among the same few columns of its linear."""
-    generator, scores = torch.Generator().manual_seed(0), {}
+def drawn_scores(vit: nn.Module, shares: Shares, seed: int = 0) -> FisherScores:
+    """Scores under which every neuron picks its inputs among the same few columns of its linear, drawn by `seed`."""
+    generator, scores = torch.Generator().manual_seed(seed), {}
     for name, module in vit.named_modules():
         kind = name.rpartition(".")[2]
         if kind in shares:

@@ -27,7 +27,7 @@ def switch_rows(rounds: int, device: str) -> list[dict[str, Any]]:
     assert isinstance(sparse, PeftModel)
     assert isinstance(low_rank, PeftModel)
     sparse.add_adapter("other", sparse.peft_config["default"])
-    scores = drawn_scores(sparse.get_base_model(), USED_SHARES)
+    scores = drawn_scores(sparse.get_base_model(), USED_SHARES, seed=1)
     calibrate(sparse, None, adapter_name="other", scores=scores, probe_head=False, overwrite=True, progress=False)
     low_rank.add_adapter("other", LoraConfig(r=8, target_modules=LINEARS, modules_to_save=["classifier"]))
     models = {"TR-PTS": sparse.to(device), "LoRA r=8": low_rank.to(device)}

@@ -18,8 +18,8 @@ from trpts_peft.card import describe_adapter
 @pytest.fixture
 def saved(tmp_path):
     """A calibrated adapter with random values over a base that lies in a folder, both saved."""
-    build_vit().save_pretrained(tmp_path / "base")
-    base = ViTForImageClassification.from_pretrained(tmp_path / "base")
+    build_vit(num_labels=5).save_pretrained(tmp_path / "base")
+    base = ViTForImageClassification.from_pretrained(tmp_path / "base", num_labels=3, ignore_mismatched_sizes=True)
     config = TRPTSConfig(keep_rate=0.5, token_layers=[1], modules_to_save=["classifier"], min_connections=2)
     model = get_peft_model(base, config)
     calibrate(model, LabelledImages(12), progress=False)
@@ -79,6 +79,7 @@ def test_saving_again_replaces_our_part_and_leaves_the_rest(saved):
     card = ModelCard.load(folder / "README.md")
     card.text = card.text.replace("24 linear layers", "99 linear layers") + "\nMy own words.\n"
     card.data.license = "apache-2.0"
+    card.data.pipeline_tag = "image-feature-extraction"
     card.save(folder / "README.md")
     model.save_pretrained(folder)
     again = ModelCard.load(folder / "README.md")
@@ -86,6 +87,7 @@ def test_saving_again_replaces_our_part_and_leaves_the_rest(saved):
     assert "99 linear" not in again.text
     assert again.text.count("My own words.") == 1
     assert again.data.license == "apache-2.0"
+    assert again.data.pipeline_tag == "image-feature-extraction"
 
 
 def test_a_config_saved_by_itself_writes_no_card(tmp_path):

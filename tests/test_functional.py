@@ -66,6 +66,13 @@ def test_squared_gradient_sum_holds_no_more_than_its_workspace(monkeypatch, at_o
     assert sizes == (many if at_once else one)
 
 
+def test_squared_gradient_sum_of_inputs_that_require_a_gradient():
+    x, g = torch.randn(3, 5, 4, requires_grad=True), torch.randn(3, 5, 6)
+    total = TF.squared_gradient_sum(x, g)
+    assert not total.requires_grad
+    torch.testing.assert_close(total, per_sample_squares(x.detach(), g), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("tokens", [[], [0], [3], [0, 2], [0, 1, 2, 3, 4]])
 def test_squared_gradient_sum_where_only_some_tokens_have_a_gradient(tokens):
     x, g = torch.randn(3, 5, 4), torch.zeros(3, 5, 6)

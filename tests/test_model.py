@@ -552,6 +552,15 @@ def test_16_bit_adapters_train(autocast_adapter_dtype: bool) -> None:
     assert values.grad is not None and values.grad.any()
 
 
+def test_a_refused_safe_merge_merges_nothing() -> None:
+    model = adapter()
+    last = list(linears(model).values())[-1]
+    last.trpts_values["default"].data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_adapter(safe_merge=True)
+    assert not any(linear.merged for linear in linears(model).values())
+
+
 @pytest.mark.parametrize("safe_merge", [False, True])
 def test_weights_that_accelerate_has_moved_away_are_fetched_to_merge(safe_merge: bool) -> None:
     model = adapter()

@@ -207,6 +207,7 @@ def test_result_is_installed() -> None:
     config = model.peft_config["default"]
     assert config.connections == selection.connections
     assert config.selected_token_layers == list(selection.token_layers)
+    assert config.unit_importance == selection.importance
     assert keep_rates_in_force(model.get_base_model()) == dict.fromkeys(selection.token_layers, 0.5)
     for name, columns in selection.columns.items():
         layer = model.get_base_model().get_submodule(name)

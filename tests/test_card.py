@@ -8,7 +8,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import ViTForImageClassification
+from transformers import Trainer, TrainingArguments, ViTForImageClassification
 
 from conftest import LabelledImages, build_images, build_vit
 from trpts_peft import TRPTSConfig, calibrate
@@ -39,9 +39,38 @@ def test_the_front_matter_says_what_it_is(saved):
     _, folder = saved
     data = ModelCard.load(folder / "README.md").data
     assert data.library_name == "peft"
-    assert data.base_model == str(folder.parent / "base")
     assert data.pipeline_tag == "image-classification"
     assert {"trpts", "sparse", "token-reduction"} <= set(data.tags)
+
+
+def test_a_base_in_a_folder_is_not_named_to_the_hub(saved):
+    """Which refuses a card that names one."""
+    _, folder = saved
+    data = ModelCard.load(folder / "README.md").data
+    assert data.to_dict().get("base_model") is None
+    assert not [tag for tag in data.tags if tag.startswith("base_model")]
+
+
+def test_a_base_on_the_hub_is_named(tmp_path):
+    base = build_vit()
+    base.name_or_path = base.config._name_or_path = "someone/vit"
+    get_peft_model(base, TRPTSConfig()).save_pretrained(tmp_path, save_embedding_layers=False)
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert data.base_model == "someone/vit"
+    assert "base_model:adapter:someone/vit" in data.tags
+
+
+def test_the_trainers_card_keeps_ours(saved, tmp_path):
+    """`Trainer.push_to_hub` writes a card of its own over that of the saved adapter."""
+    model, _ = saved
+    arguments = TrainingArguments(tmp_path / "run", report_to=[], use_cpu=True)
+    trainer = Trainer(model, arguments)
+    trainer.save_model()
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert "Training hyperparameters" in card.text
+    assert card.text.count("24 linear layers") == 1
+    assert "trpts" in card.data.tags
 
 
 def test_the_snippet_runs_and_gives_the_adapters_logits(saved):
@@ -61,7 +90,8 @@ def test_the_table_counts_what_trains(saved):
         shapes = [shape for name, shape in columns.items() if f"layers.{block}." in name]
         (count,) = {count for _, count in shapes}
         kept = "50 %" if block == 1 else "all"
-        assert f"| {block} | {count} | {sum(a * b for a, b in shapes):,} | {kept} |" in text
+        share = f"{100 * model.peft_config['default'].unit_importance[f'vit.layers.{block}']:.1f} %"
+        assert f"| {block} | {share} | {count} | {sum(a * b for a, b in shapes):,} | {kept} |" in text
     assert f"update of {sum(a * b for a, b in columns.values()):,} weights in 24 linear layers" in text
     assert "not calibrated" not in text
 
@@ -98,6 +128,8 @@ def test_a_config_saved_by_itself_writes_no_card(tmp_path):
 def test_another_method_is_left_alone(tmp_path):
     get_peft_model(build_vit(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     assert "TR-PTS" not in (tmp_path / "README.md").read_text()
+    get_peft_model(build_vit(), LoraConfig(target_modules=["q_proj"])).create_or_update_model_card(str(tmp_path))
+    assert "TR-PTS" not in (tmp_path / "README.md").read_text()
 
 
 def test_several_adapters_are_saved_beside_each_other(tmp_path):
@@ -112,8 +144,9 @@ def test_linears_outside_of_blocks_and_of_unequal_counts():
     shapes = {
         f"m.{name}.trpts_columns": (5, count) for name, count in {"0.a": 1, "0.b": 3, "0.c": 2, "head": 4}.items()
     }
-    config = TRPTSConfig(connections={"m.0.a": 1}, base_model_name_or_path='a"b')
+    shares = {"m.0.a": 0.125, "m.0.b": 0.125}
+    config = TRPTSConfig(connections={"m.0.a": 1}, unit_importance=shares, base_model_name_or_path='a"b')
     text = describe_adapter(config, shapes, None)
-    assert "| 0 | 1 to 3 | 30 | all |" in text
-    assert "| none | 4 | 20 | all |" in text
+    assert "| 0 | 25.0 % | 1 to 3 | 30 | all |" in text
+    assert "| none | - | 4 | 20 | all |" in text
     assert r'AutoModelForImageClassification.from_pretrained("a\"b")' in text

@@ -14,6 +14,7 @@ from trpts_peft import TRPTSConfig
 
 NAN = float("nan")
 FRACTION, COUNT = r"in \(0, 1\]", "a whole number of at least"
+SHARES = "a dictionary {unit: share from 0 to 1}"
 INDICES = "a list of distinct block indices, none below 0"
 
 
@@ -33,6 +34,7 @@ INDICES = "a list of distinct block indices, none below 0"
         *(("token_layers", v, INDICES) for v in ([-1], [1, 1], [1.0], ["1"], [True])),
         *(("token_placement", v, "one of 'sparse', 'dense', 'random'") for v in ("late", None)),
         *(("seed", v, f"{COUNT} 0") for v in (-1, 0.5, None, True)),
+        *(("unit_importance", v, SHARES) for v in ({"a": -0.1}, {"a": 1.5}, {"a": True}, {"a": "1"}, [0.5])),
         *(("selected_token_layers", v, INDICES) for v in ([-1], [2, 2], 3, "1", [None])),
         *(("connections", v, "a dictionary") for v in ({}, [1], 3, {"a": 0}, {"a": 1.5}, {"a": True}, {1: 1})),
     ],
@@ -96,6 +98,7 @@ def test_layer_patterns_must_make_sense(options, message):
     [
         {"top_percent": 100, "keep_rate": 1, "budget": 1, "min_connections": 1, "max_connections": 1},
         {"top_percent": 1e-6, "keep_rate": 1e-6, "budget": 1e-6, "max_connections": None, "token_layers": 0},
+        {"unit_importance": {"a": 0, "b": 1.0}},
         {"token_layers": [], "selected_token_layers": [], "connections": {"fc1": 1}},
     ],
 )
@@ -121,6 +124,7 @@ def test_defaults_are_those_of_the_design():
         "init_weights": True,
         "connections": None,
         "selected_token_layers": None,
+        "unit_importance": None,
     }
     assert {name: getattr(config, name) for name in expected} == expected
     assert config.peft_type is PeftType["TRPTS"]

@@ -68,6 +68,13 @@ def test_sum_of_random_updates_is_that_of_dense_matrices() -> None:
     assert columns.shape == (7, union)
 
 
+def test_a_sum_has_no_importance_of_its_own() -> None:
+    model = adapters({}, {})
+    model.base_model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum")
+    assert model.peft_config["a"].unit_importance is not None
+    assert model.peft_config["sum"].unit_importance is None
+
+
 def test_cancelled_entries_stay_trainable() -> None:
     update = torch.tensor([[1]]), torch.tensor([[2.0]])
     columns, values = sum_updates([update, update], [1.0, -1.0], 3)

@@ -17,7 +17,7 @@ from torch import nn
 
 from .checkpoint import adapted_linears
 from .config import TRPTSConfig
-from .data import Batches, processes
+from .data import Batches, check_loading, check_whole, processes
 from .fisher import FisherCollector, FisherScores, LossFn
 from .head import Head, find_head, num_labels
 from .layer import TRPTSLinear
@@ -164,6 +164,8 @@ def _find_adapter(model: nn.Module, adapter_name: str | None) -> tuple[nn.Module
 
 
 def _check_calibratable(base: nn.Module, config: TRPTSConfig, adapter_name: str, overwrite: bool) -> None:
+    check_loading()
+    check_whole(base)
     layers = [m for m in base.modules() if isinstance(m, TRPTSLinear) and adapter_name in m.trpts_values]
     if any(layer.merged for layer in layers):
         raise ValueError("`model` must hold no merged adapter, got one: call `unmerge_adapter()` first.")
@@ -258,4 +260,5 @@ def _install(
     calibrated = copy.deepcopy(config)
     calibrated.connections = dict(selection.connections)
     calibrated.selected_token_layers = list(selection.token_layers)
+    calibrated.unit_importance = dict(selection.importance)
     configs[adapter_name] = calibrated

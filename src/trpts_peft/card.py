@@ -37,12 +37,20 @@ def update_card(folder: str | Path, config: Any, base_model_class: str | None) -
         return
     card = ModelCard.load(path)
     card.data.tags = sorted({*(card.data.tags or ()), *_TAGS})
+    _drop_local_base(card.data, config.base_model_name_or_path)
     if card.data.pipeline_tag is None and (base_model_class or "").endswith("ForImageClassification"):
         card.data.pipeline_tag = "image-classification"
     section = f"{_BEGIN}\n{describe_adapter(config, _shapes_in(file), base_model_class)}\n{_END}"
     others = _OURS.sub("", card.text).lstrip()
     card.text = f"{section}\n\n{others}"
     card.save(path)
+
+
+def _drop_local_base(data: Any, base: str | None) -> None:
+    """A base model that lies in a folder has no name that others know, and the Hub takes no card that names it."""
+    if base and Path(base).is_dir():
+        data.base_model = None
+        data.tags = [tag for tag in data.tags if not tag.startswith("base_model:")]
 
 
 def _shapes_in(path: Path) -> Shapes:
@@ -94,14 +102,30 @@ def _table(config: Any, columns: Mapping[str, tuple[int, ...]]) -> list[str]:
     """One row a block, linears outside of any together in the last."""
     blocks: dict[int | None, list[tuple[int, ...]]] = defaultdict(list)
     for name, shape in columns.items():
-        index = re.search(r"\.(\d+)\.", name)
-        blocks[int(index[1]) if index else None].append(shape)
-    lines = ["| block | inputs per neuron | trainable weights | image tokens kept |", "| ---: | ---: | ---: | ---: |"]
+        blocks[_block_of(name)].append(shape)
+    names = ("block", "importance", "inputs per neuron", "trainable weights", "image tokens kept")
+    lines = [f"| {' | '.join(names)} |", f"|{' ---: |' * len(names)}"]
+    shares = _block_shares(config.unit_importance or {})
     for block in sorted(blocks, key=lambda index: (index is None, index)):
         counts = sorted({count for _, count in blocks[block]})
         weights = sum(neurons * count for neurons, count in blocks[block])
         kept = f"{100 * config.keep_rate:g} %" if block in config.fixed_token_layers else "all"
         between = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-        cells = ["none" if block is None else f"{block}", between]
+        share = f"{100 * shares[block]:.1f} %" if block in shares else "-"
+        cells = ["none" if block is None else f"{block}", share, between]
         lines.append(f"| {' | '.join([*cells, f'{weights:,}', kept])} |")
     return lines
+
+
+def _block_shares(importance: Mapping[str, float]) -> dict[int | None, float]:
+    """The importance of units (eq. 3) added up by block."""
+    shares: dict[int | None, float] = defaultdict(float)
+    for unit, share in importance.items():
+        shares[_block_of(unit)] += share
+    return shares
+
+
+def _block_of(name: str) -> int | None:
+    """The first number in the name of a linear or a unit; None outside any block."""
+    found = re.search(r"\.(\d+)(?:\.|$)", name)
+    return int(found[1]) if found else None

@@ -27,6 +27,10 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_share(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+
+
 def _all(values: object, rule: Callable[[Any], bool]) -> bool:
     return isinstance(values, (list, tuple, set, frozenset)) and all(rule(value) for value in values)
 
@@ -127,6 +131,10 @@ class TRPTSConfig(PeftConfig):
     )
     selected_token_layers: list[int] | None = field(
         default=None, metadata={"help": "Result of `calibrate`: indices of the blocks that select tokens."}
+    )
+    unit_importance: dict[str, float] | None = field(
+        default=None,
+        metadata={"help": "Result of `calibrate`: share w of the top scores in each unit (eq. 3)."},
     )
     # Set on a loaded config by who wants to skip the check; not an argument, so that no file can ask for it.
     allow_other_base: bool = field(
@@ -234,6 +242,9 @@ class TRPTSConfig(PeftConfig):
     def _check_results(self) -> None:
         if self.selected_token_layers is not None:
             self._check_indices("selected_token_layers", self.selected_token_layers)
+        shares = self.unit_importance
+        if shares is not None and not (isinstance(shares, dict) and _all(list(shares.values()), _is_share)):
+            _refuse("unit_importance", "None or a dictionary {unit: share from 0 to 1}", shares)
         if self.connections is None:
             return
         if not isinstance(self.connections, dict) or not self.connections:

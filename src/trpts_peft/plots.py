@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .cost import patch_grid, patch_size_of
 from .layer import TRPTSLinear
 from .record import TokenRecord, record_tokens
-from .selection import Selection
+from .selection import Selection, block_index, unit_order
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,14 +50,14 @@ def plot_layer_importance(source: Selection | Mapping[str, Selection], *, ax: Ax
         ImportError: matplotlib is not installed.
     """
     selections = {"": source} if isinstance(source, Selection) else _labelled(source, "source", "a Selection", 1)
-    units = sorted({unit for selection in selections.values() for unit in selection.importance}, key=_natural)
+    units = sorted({unit for selection in selections.values() for unit in selection.importance}, key=unit_order)
     ax = _unit_axes(ax, units, len(selections))
     width, marked = 0.8 / len(selections), False
     for index, ((label, selection), color) in enumerate(zip(selections.items(), cycle(_COLORS), strict=False)):
         bars = {unit: (place - 0.4 + (index + 0.5) * width) for place, unit in enumerate(units)}
         heights = {unit: 100 * w for unit, w in selection.importance.items()}
         ax.bar([bars[unit] for unit in heights], list(heights.values()), width, color=color, label=label or None)
-        chosen = [unit for unit in heights if _block_index(unit) in selection.token_layers]
+        chosen = [unit for unit in heights if block_index(unit) in selection.token_layers]
         _mark(ax, [(bars[unit], heights[unit]) for unit in chosen], color)
         marked = marked or bool(chosen)
     _legend(ax, marked)
@@ -98,18 +98,6 @@ def _legend(ax: Axes, marked: bool) -> None:
         handles, labels = [*handles, Line2D([], [], color="white", **_TRIANGLE)], [*labels, "selects tokens"]
     if handles:
         ax.legend(handles, labels, frameon=False)
-
-
-def _natural(unit: str) -> tuple[bool, list[tuple[int, str]]]:
-    """Sort key: units in a block first, numbers by value."""
-    parts = [(int(part), "") if part.isdecimal() else (-1, part) for part in unit.split(".")]
-    return _block_index(unit) is None, parts
-
-
-def _block_index(unit: str) -> int | None:
-    """The first number in a unit's name: its block."""
-    found = re.search(r"\.(\d+)(?:\.|$)", unit)
-    return int(found.group(1)) if found else None
 
 
 def _unit_labels(units: Sequence[str]) -> list[str]:

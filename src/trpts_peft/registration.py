@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import wraps
+from typing import Any
+
+from peft import PeftModel
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -9,6 +13,7 @@ from peft.mapping import (
 )
 from peft.utils import register_peft_method
 
+from .card import update_card
 from .config import TRPTSConfig
 from .model import TRPTSModel
 from .peft_type import TRPTS
@@ -24,3 +29,30 @@ def register() -> None:
         PEFT_TYPE_TO_PREFIX_MAPPING[TRPTS] = TRPTSModel.prefix
     else:
         register_peft_method(name="trpts", config_cls=TRPTSConfig, model_cls=TRPTSModel)
+        _send_own_card()
+
+
+def _send_own_card() -> None:
+    """Have a push to the Hub send the card of a TR-PTS adapter; other methods' pushes stay as they are.
+
+    transformers writes a template over the card that `save_pretrained` wrote: `push_to_hub` of the model a template for
+    its own models, that of Trainer one to which PEFT adds its part only. Without the import line that stands in the
+    card, nobody can load the adapter.
+    """
+    described, uploaded = PeftModel.create_or_update_model_card, PeftModel._upload_modified_files
+
+    @wraps(described)
+    def describe(self: PeftModel, output_dir: str) -> None:
+        described(self, output_dir)
+        config = self.peft_config.get(self.active_adapter) if isinstance(self.active_adapter, str) else None
+        if config is not None and config.peft_type == TRPTS:
+            update_card(output_dir, config, type(self.get_base_model()).__name__)
+
+    @wraps(uploaded)
+    def upload(self: PeftModel, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(config.peft_type == TRPTS for config in self.peft_config.values()):
+            self.create_or_update_model_card(str(working_dir))
+        return uploaded(self, working_dir, *args, **kwargs)
+
+    patched: Any = PeftModel
+    patched.create_or_update_model_card, patched._upload_modified_files = describe, upload

@@ -89,6 +89,7 @@ def add_weighted_adapter(
     config.layers_to_transform = config.layers_pattern = None
     config.modules_to_save = sorted({name for other in configs for name in other.modules_to_save or ()}) or None
     config.train_bias = any(other.train_bias for other in configs)
+    config.unit_importance = None  # a sum was measured on no data
     config.connections = {name: columns.shape[1] for name, (columns, _) in sums.items()}
     tuner.peft_config[adapter_name] = config
     try:

@@ -16,7 +16,7 @@ MODULES = sorted(SOURCE.glob("*.py"))
 FLOORS = (
     {"card", "functional", "sparse_linear", "peft_type", "tuner_layer", "families"},
     {"config", "layer", "vit", "fisher", "data", "probe", "head", "cost"},
-    {"selection", "measurement", "record", "checkpoint", "weighted"},
+    {"selection", "measurement", "record", "checkpoint", "weighted", "callbacks"},
     {"model", "plots"},
     {"registration", "calibration"},
     {"__init__"},

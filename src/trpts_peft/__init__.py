@@ -2,6 +2,7 @@
 
 from . import functional
 from .calibration import calibrate
+from .callbacks import TRPTSCallback
 from .config import TRPTSConfig
 from .cost import estimate_cost
 from .fisher import FisherScores
@@ -16,9 +17,9 @@ from .vit import apply_token_selection, set_token_selection
 __version__ = "0.1.0"
 # fmt: off
 __all__ = [
-    "FisherScores", "Selection", "TRPTSConfig", "TRPTSModel", "apply_token_selection", "calibrate", "estimate_cost",
-    "estimate_fisher", "functional", "plot_layer_importance", "plot_overlap", "plot_tokens", "record_tokens", "select",
-    "set_token_selection",
+    "FisherScores", "Selection", "TRPTSCallback", "TRPTSConfig", "TRPTSModel", "apply_token_selection", "calibrate",
+    "estimate_cost", "estimate_fisher", "functional", "plot_layer_importance", "plot_overlap", "plot_tokens",
+    "record_tokens", "select", "set_token_selection",
 ]
 # fmt: on
 

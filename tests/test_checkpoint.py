@@ -439,7 +439,14 @@ def test_resume_needs_equal_connections(saved: Path, logits: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [{"max_connections": 3, "min_connections": 3}, {"token_layers": [2]}, {"keep_rate": 0.6}]
+    "option",
+    [
+        {"max_connections": 3, "min_connections": 3},
+        {"token_layers": [2]},
+        {"keep_rate": 0.6},
+        {"train_bias": False},
+        {"target_modules": ["fc1"]},
+    ],
 )
 def test_resume_refuses_other_shapes_and_token_layers(saved: Path, option: dict[str, Any]) -> None:
     model = adapted(**option)

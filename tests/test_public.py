@@ -14,12 +14,14 @@ import trpts_peft
 SOURCE = Path(trpts_peft.__file__).parent
 MODULES = sorted(SOURCE.glob("*.py"))
 FLOORS = (
-    {"card", "functional", "sparse_linear", "peft_type", "tuner_layer", "families"},
+    {"card", "functional", "sparse_linear", "peft_type", "tuner_layer", "families", "image_data", "metrics"},
     {"config", "layer", "vit", "fisher", "data", "probe", "head", "cost"},
-    {"selection", "measurement", "record", "checkpoint", "weighted", "callbacks"},
-    {"model", "plots"},
-    {"registration", "calibration"},
-    {"__init__"},
+    {"selection", "measurement", "record", "checkpoint", "weighted", "callbacks", "methods"},
+    {"model", "plots", "inspection"},
+    {"registration", "calibration", "deployment", "report"},
+    {"__init__", "finetuning"},
+    {"cli"},
+    {"__main__"},
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 TORCH_ONLY = {"functional", "sparse_linear"}

@@ -1,0 +1,115 @@
+"""What becomes of saved adapters: loaded onto their base, merged into a checkpoint of its own, drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from peft import PeftModel
+from safetensors import safe_open
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+
+from .inspection import FILE, read_config, read_selection
+from .plots import plot_layer_importance, plot_overlap, plot_tokens
+
+__all__ = ["check_empty", "draw_adapters", "labels_of", "load_adapted", "merge_into_checkpoint"]
+
+
+def load_adapted(folder: Path) -> tuple[PeftModel, Any]:
+    """The base model with the adapter in `folder`, in eval mode, and its image processor.
+
+    Raises:
+        ValueError: the base model cannot be had, or the adapter does not fit it.
+    """
+    config = read_config(folder)
+    source = str(config.base_model_name_or_path)
+    try:
+        own = AutoConfig.from_pretrained(folder if (folder / "config.json").is_file() else source)
+        labels = {} if (folder / "config.json").is_file() else _labels_in(folder)
+        for name, value in labels.items():
+            setattr(own, name, value)
+        base = AutoModelForImageClassification.from_pretrained(source, config=own, ignore_mismatched_sizes=True)
+        processor = AutoImageProcessor.from_pretrained(
+            folder if (folder / "preprocessor_config.json").is_file() else source
+        )
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"`adapter` must name a base model that can be loaded, got {source!r}: {str(error).splitlines()[0]}"
+        ) from error
+    return PeftModel.from_pretrained(base, str(folder)).eval(), processor
+
+
+def _labels_in(folder: Path) -> dict[str, int]:
+    """The number of classes of the head that the file holds, where it holds one."""
+    with safe_open(folder / FILE, framework="pt") as file:
+        heads = [key for key in file.keys() if key.endswith("classifier.weight")]  # noqa: SIM118
+        return {"num_labels": file.get_slice(heads[0]).get_shape()[0]} if heads else {}
+
+
+def merge_into_checkpoint(folder: Path, output: Path, token_selection: Literal["keep", "drop"] | None = None) -> None:
+    """Merge the adapter in `folder` into its base, and save that as transformers saves a model.
+
+    Args:
+        folder: of the adapter.
+        output: of the checkpoint; must be empty or not there.
+        token_selection: what becomes of the selection of tokens, where the adapter has one. `"keep"`: its rates stand
+            in the checkpoint's config, and `apply_token_selection(model)` puts them in force. `"drop"`: the
+            checkpoint keeps all tokens, so its outputs are not those of the adapter.
+
+    Raises:
+        ValueError: the output folder is not empty, the adapter selects tokens and `token_selection` is None, or as
+            `load_adapted`. Nothing is written.
+    """
+    check_empty(output)
+    config = read_config(folder)
+    if config.fixed_token_layers and config.keep_rate < 1 and token_selection is None:
+        raise ValueError(
+            f"`token_selection` must be 'keep' or 'drop' for an adapter that selects tokens (blocks "
+            f"{config.fixed_token_layers}, keep rate {config.keep_rate:g}), got None: without selection the outputs "
+            "change, and plain transformers does not select."
+        )
+    model, processor = load_adapted(folder)
+    merged = cast(Any, model).merge_and_unload(keep_token_selection=token_selection != "drop")
+    merged.save_pretrained(output)
+    processor.save_pretrained(output)
+
+
+def check_empty(output: Path) -> None:
+    """Raise a ValueError where something lies in the folder, or it is none."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"`output` must be an empty folder or not there, got {str(output)!r}: name another.")
+
+
+# ---- figures ----
+
+
+def labels_of(adapters: Sequence[str]) -> list[str]:
+    """A short name for each adapter: its folder's, the parent's where that is `adapter`, all of it where these meet."""
+    paths = [Path(adapter) for adapter in adapters]
+    names = [path.resolve().parent.name if path.name == "adapter" else path.name for path in paths]
+    return names if len(set(names)) == len(names) else list(adapters)
+
+
+def draw_adapters(folders: Mapping[str, Path], images: Sequence[Any]) -> dict[str, Any]:
+    """Figure 5 of the paper, figure 7 for several adapters, and figure 6 for each where there are images.
+
+    Args:
+        folders: {label: folder of an adapter}.
+        images: PIL images.
+
+    Returns:
+        {name of a file: matplotlib Figure}.
+
+    Raises:
+        ValueError: an adapter is not calibrated or cannot be read, or there are images and one selects no tokens.
+    """
+    selections = {label: read_selection(folder) for label, folder in folders.items()}
+    figures = {"layer_importance.png": plot_layer_importance(selections).figure}
+    if len(selections) > 1:
+        figures["overlap.png"] = plot_overlap(selections).figure
+    for label, folder in folders.items() if images else ():
+        model, processor = load_adapted(folder)
+        name = "tokens.png" if len(folders) == 1 else f"tokens-{label.replace('/', '-')}.png"
+        figures[name] = plot_tokens(model, images, processor=processor, max_images=len(images))
+    return figures

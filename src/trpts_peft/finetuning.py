@@ -1,0 +1,376 @@
+"""Fine-tune an image classifier on a data set, from the pretrained model to results on disk; can be interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    EvalPrediction,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from .calibration import calibrate
+from .callbacks import TRPTSCallback
+from .config import TRPTSConfig
+from .image_data import ImageData, load_image_data, with_pixel_values
+from .methods import METHODS
+from .metrics import ClassificationAccuracy
+from .report import check_upload, start_card, write_json, write_report
+
+__all__ = ["FinetuneRun", "FinetuneSettings", "finished", "prepare"]
+
+_SETTINGS, _CALIBRATED = "settings.json", "calibrated"
+_WARMUP = 0.1  # of all steps
+_TRPTS_OPTIONS = ("keep_rate", "budget", "token_layers")
+# Settings that a resumed run may change: they decide nothing of what is trained.
+_FREE = ("output", "resume", "push_to_hub", "report_to")
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+def _trpts_option(name: str) -> Any:
+    option = TRPTSConfig.__dataclass_fields__[name]
+    return field(default=option.default, metadata={"help": option.metadata["help"]})
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """What a run does. Every field is an option of `trpts finetune`; `trpts finetune --help` says what it means.
+
+    Raises:
+        ValueError: an option is out of its range, or belongs to another method.
+    """
+
+    model: str = field(metadata={"help": "Pretrained image classifier: an id on the Hub or a folder."})
+    dataset: str = field(metadata={"help": "Data set: an id on the Hub, or a folder of images or of parquet files."})
+    output: Path = field(metadata={"help": "Folder for the results; must be empty or not there."})
+    method: Literal["trpts", "lora", "linear", "bitfit", "full"] = _option("trpts", "What to train.")
+    epochs: int = _option(100, "Passes over the training images; the learning rate rises for the first tenth.")
+    batch_size: int = _option(32, "Images per step, over all processes.")
+    learning_rate: float | None = _option(None, "Peak learning rate of Adam. Without it: the usual one of the method.")
+    keep_rate: float = _trpts_option("keep_rate")
+    budget: float | None = _trpts_option("budget")
+    token_layers: str = _option("3", "How many blocks select tokens (3), or which, each with a comma (3,6,9 or 5,).")
+    num_train: int | None = _option(None, "Train on so many images, drawn with the seed. Without it: on all.")
+    image_column: str | None = _option(None, "Column of the images. Without it: the only one there is.")
+    label_column: str | None = _option(None, "Column of the labels. Without it: the only one of classes, or 'label'.")
+    seed: int = _option(0, "Seed of all that is drawn.")
+    bf16: bool = _option(False, "Train in bfloat16 autocast; the trained values stay float32.")
+    num_workers: int = _option(0, "Processes that load images beside each training process.")
+    resume: bool = _option(False, "Go on with the run in the output folder, from its last checkpoint.")
+    push_to_hub: str | None = _option(None, "Upload what was trained to this repository on the Hub, user/name.")
+    report_to: str = _option("none", "Where Trainer reports to: tensorboard, wandb, ... or none.")
+
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 1), ("batch_size", 1), ("num_train", 2), ("seed", 0), ("num_workers", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+        if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"`learning_rate` must be a finite number above 0, got {self.learning_rate}.")
+        if self.method != "trpts":
+            given = [f.name for f in fields(self) if f.name in _TRPTS_OPTIONS and getattr(self, f.name) != f.default]
+            if given:
+                raise ValueError(f"`{given[0]}` must be left out with `method` {self.method!r}: it belongs to 'trpts'.")
+        self.trpts_options()
+
+    def trpts_options(self) -> dict[str, Any]:
+        """The options of TRPTSConfig; raises where one is out of its range."""
+        options: dict[str, Any] = {"keep_rate": self.keep_rate, "budget": self.budget, "seed": self.seed}
+        parts = [part.strip() for part in self.token_layers.split(",")]
+        if not all(part.isdecimal() for part in parts if part) or not parts[0]:
+            raise ValueError(
+                f"`token_layers` must be a number or block indices with commas, got {self.token_layers!r}."
+            )
+        numbers = [int(part) for part in parts if part]
+        options["token_layers"] = numbers if "," in self.token_layers else numbers[0]
+        TRPTSConfig(**options)
+        return options
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate asked for, else the method's."""
+        return METHODS[self.method].learning_rate if self.learning_rate is None else self.learning_rate
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it, with the learning rate in force."""
+        return {**asdict(self), "output": str(self.output), "learning_rate": self.peak_learning_rate}
+
+
+@dataclass
+class FinetuneRun:
+    """A run that is ready to train: all that can be refused beforehand was looked at.
+
+    Attributes:
+        settings: what was asked for.
+        data: the checked images.
+        processor: the model's image processor.
+        model: the model with what it trains.
+        state: this process among the others.
+        seconds: wall time of each stage so far, in this process.
+    """
+
+    settings: FinetuneSettings
+    data: ImageData
+    processor: Any
+    model: nn.Module
+    state: PartialState
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def train(self) -> dict[str, Any]:
+        """Train from the last whole checkpoint, or from the start; test once; write everything; return the results.
+
+        An interrupted call leaves its checkpoints, from which a run with `resume` goes on.
+        """
+        trainer = self._trainer()
+        checkpoint = last_checkpoint(self._checkpoints)
+        with _timed(self.seconds, "training"):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with _timed(self.seconds, "testing"):
+            metrics = trainer.evaluate()
+        resumed = 0 if checkpoint is None else step_of(checkpoint)
+        results: dict[str, Any] = {}
+        if self.state.is_main_process:
+            results = self._write(trainer, metrics, resumed)
+            shutil.rmtree(self._checkpoints, ignore_errors=True)
+        self.state.wait_for_everyone()
+        return results
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.settings.output / "checkpoints"
+
+    def _trainer(self) -> Trainer:
+        settings, accelerated = self.settings, torch.accelerator.is_available()
+        per_process = settings.batch_size // self.state.num_processes
+        arguments = TrainingArguments(
+            output_dir=str(self._checkpoints),
+            num_train_epochs=settings.epochs,
+            per_device_train_batch_size=per_process,
+            per_device_eval_batch_size=per_process,
+            learning_rate=settings.peak_learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=_WARMUP,
+            weight_decay=0.0,  # the paper trains with Adam, not AdamW
+            bf16=settings.bf16,
+            seed=settings.seed,
+            save_strategy="epoch",
+            save_total_limit=2,  # the one before is still whole if a run ends while the last is written
+            logging_strategy="epoch",
+            report_to=settings.report_to,
+            remove_unused_columns=False,  # the transform makes its columns from those of the data set
+            label_names=["labels"],
+            dataloader_num_workers=settings.num_workers,
+            dataloader_pin_memory=accelerated,
+            use_cpu=not accelerated,
+        )
+        trainer = Trainer(
+            self.model,
+            arguments,
+            train_dataset=with_pixel_values(self.data.train, self.processor),
+            eval_dataset=with_pixel_values(self.data.test, self.processor),
+            processing_class=self.processor,
+            compute_metrics=_accuracy,
+            preprocess_logits_for_metrics=_predictions,
+        )
+        if settings.method == "trpts" and settings.report_to != "none":
+            trainer.add_callback(TRPTSCallback(trainer))
+        return trainer
+
+    def _write(self, trainer: Trainer, metrics: Mapping[str, float], resumed: int) -> dict[str, Any]:
+        folder = self.settings.output / ("adapter" if isinstance(self.model, PeftModel) else "model")
+        start_card(folder)
+        cast(Any, self.model).save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+        cast(Any, self.model).config.save_pretrained(folder)  # beside an adapter: for the names of the classes
+        steps = {"steps": trainer.state.global_step, "resumed_from_step": resumed}
+        return write_report(
+            self.settings.output,
+            folder,
+            self.model,
+            self.processor,
+            self.data,
+            settings=self.settings.to_dict(),
+            metrics={key.removeprefix("eval_"): value for key, value in metrics.items()},
+            seconds={**self.seconds, **steps},
+        )
+
+
+def prepare(settings: FinetuneSettings) -> FinetuneRun:
+    """Look at everything that a run needs, calibrate, and set up the output folder.
+
+    Raises:
+        ValueError: an id is unknown, the data or the model do not fit, or the output folder holds something else.
+            Nothing is written then.
+    """
+    # Not told of CPUs, it would take each of several processes for the only one.
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    _check_output(settings)
+    if settings.batch_size % state.num_processes:
+        raise ValueError(
+            f"`batch_size` must be a multiple of the number of processes, {state.num_processes}, "
+            f"got {settings.batch_size}."
+        )
+    if settings.push_to_hub is not None:
+        check_upload(settings.push_to_hub)
+    processor = load_processor(settings.model)  # before all images are looked at: an unknown id is found at once
+    data = load_image_data(
+        settings.dataset,
+        image_column=settings.image_column,
+        label_column=settings.label_column,
+        num_train=settings.num_train,
+        seed=settings.seed,
+        progress=state.is_main_process,
+    )
+    set_seed(settings.seed)
+    base = load_classifier(settings.model, data.names)
+    run = FinetuneRun(settings, data, processor, base, state)
+    run.model = _adapted(run, base)
+    state.wait_for_everyone()  # before this process or another writes what the others check for
+    if state.is_main_process:
+        _set_up(run)
+    state.wait_for_everyone()
+    return run
+
+
+def finished(settings: FinetuneSettings) -> dict[str, Any] | None:
+    """The results of the run to resume, where it has come to its end; None where there is something left to do.
+
+    Raises:
+        ValueError: the output folder holds something else.
+    """
+    _check_output(settings)
+    path = settings.output / "results.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _adapted(run: FinetuneRun, base: nn.Module) -> nn.Module:
+    """The model with what it trains: calibrated, or as the interrupted run had calibrated it."""
+    settings, calibrated = run.settings, run.settings.output / _CALIBRATED
+    if settings.method == "trpts" and calibrated.is_dir():
+        return PeftModel.from_pretrained(base, str(calibrated), is_trainable=True)
+    model = METHODS[settings.method].apply(base, settings.trpts_options() if settings.method == "trpts" else {})
+    model.to(run.state.device)
+    if settings.method == "trpts":
+        with _timed(run.seconds, "calibration"):
+            rows = with_pixel_values(run.data.train, run.processor)
+            calibrate(model, rows, batch_size=settings.batch_size, progress=True)
+    return model
+
+
+def _set_up(run: FinetuneRun) -> None:
+    """Write what a resumed run starts from; whole or not at all."""
+    output = run.settings.output
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / _SETTINGS, run.settings.to_dict())
+    if run.settings.method == "trpts" and not (output / _CALIBRATED).is_dir():
+        draft = output / f"{_CALIBRATED}.part"
+        cast(PeftModel, run.model).save_pretrained(str(draft))
+        os.replace(draft, output / _CALIBRATED)
+
+
+def _check_output(settings: FinetuneSettings) -> None:
+    output = settings.output
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"`output` must be a folder, got a file, {str(output)!r}.")
+    if not output.exists() or not any(output.iterdir()):
+        return
+    if not settings.resume:
+        raise ValueError(
+            f"`output` must be empty or not there, got {str(output)!r} with files in it: name another folder, or go on "
+            "with the run in it by `--resume`."
+        )
+    if not (output / _SETTINGS).is_file():
+        raise ValueError(f"`output` must hold a run to resume, got {str(output)!r} without {_SETTINGS}.")
+    before = json.loads((output / _SETTINGS).read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(settings.to_dict()))
+    changed = [name for name in now if name not in _FREE and now[name] != before.get(name)]
+    if changed:
+        name = changed[0]
+        raise ValueError(
+            f"`{name}` must be as in the run to resume, {before.get(name)!r}, got {now[name]!r}: name another `output`."
+        )
+
+
+def load_processor(model: str) -> Any:
+    """The image processor of a pretrained model; a ValueError where there is none."""
+    with _model_errors(model):
+        return AutoImageProcessor.from_pretrained(model)
+
+
+def load_classifier(model: str, names: Sequence[str]) -> nn.Module:
+    """A pretrained model with a head for the classes `names`: a new one, unless its own has as many.
+
+    Raises:
+        ValueError: there is no such model, or it is no image classifier.
+    """
+    label2id = {name: index for index, name in enumerate(names)}
+    options = {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": label2id}
+    with _model_errors(model):
+        classifier = AutoModelForImageClassification.from_pretrained(model, **options, ignore_mismatched_sizes=True)
+        return cast(nn.Module, classifier)
+
+
+@contextmanager
+def _model_errors(model: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`model` must be an image classifier, by its id on the Hub or its folder, got {model!r}: "
+            f"{next(iter(str(error).splitlines()), type(error).__name__)}"
+        ) from error
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The latest whole checkpoint in a folder of Trainer's; it writes `trainer_state.json` last."""
+    found = sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True)
+    return next((path for path in found if _is_whole(path)), None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _predictions(logits: Tensor, _labels: Tensor) -> Tensor:
+    return logits.argmax(-1)
+
+
+def _accuracy(evaluated: EvalPrediction) -> dict[str, float]:
+    metric = ClassificationAccuracy(keep_in_memory=True)
+    result = metric.compute(predictions=evaluated.predictions, references=evaluated.label_ids)
+    return dict(result or {})
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - start

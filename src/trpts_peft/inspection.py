@@ -1,0 +1,239 @@
+"""Read a saved adapter: what it trains in each block, which tokens it keeps, what it costs, which base it is for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import PeftConfig
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageClassification
+
+from .checkpoint import unpack_columns
+from .config import TRPTSConfig
+from .cost import geometry_of, macs
+from .families import find_family
+from .selection import Selection, block_index, unit_of, unit_order
+
+__all__ = ["FILE", "base_on_meta", "describe_file", "find_adapter", "read_config", "read_selection", "table"]
+
+FILE, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_FILES = [FILE, _CONFIG, "config.json", "preprocessor_config.json"]
+_PREFIX = "base_model.model."
+_WORDS = {"weights": "weights", "biases": "biases", "modules_to_save": "parameters of the head"}
+_WIDTH = 12  # of the digest of the base, in hexadecimal digits
+
+
+def find_adapter(adapter: str) -> Path:
+    """The folder of a saved adapter.
+
+    Args:
+        adapter: a folder, or the id of a repository on the Hub, whose files are then downloaded.
+
+    Raises:
+        ValueError: there is no such folder or repository, or it holds no adapter in safetensors.
+    """
+    folder = Path(adapter)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(adapter, allow_patterns=_FILES))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise ValueError(
+                f"`adapter` must be a folder or a repository on the Hub, got {adapter!r}: "
+                f"{next(iter(str(error).splitlines()), type(error).__name__)}"
+            ) from error
+    missing = [name for name in (_CONFIG, FILE) if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"`adapter` must hold {_CONFIG} and {FILE}, got {adapter!r} without {missing[0]}.")
+    return folder
+
+
+def read_config(folder: Path) -> TRPTSConfig:
+    """The config of the adapter in `folder`; a ValueError where it is of another method or cannot be read."""
+    try:
+        kind = json.loads((folder / _CONFIG).read_text(encoding="utf-8")).get("peft_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"`adapter` must have a readable {_CONFIG}, got {error} in {str(folder)!r}.") from error
+    if kind != "TRPTS":
+        raise ValueError(f"`adapter` must be of TR-PTS, got one of {kind!r} in {str(folder)!r}.")
+    return cast(TRPTSConfig, PeftConfig.from_pretrained(str(folder)))
+
+
+def _tensors(folder: Path, *endings: str) -> dict[str, Tensor]:
+    """The tensors of the file whose keys end so (all, without endings), by their names in the base model."""
+    try:
+        with safe_open(folder / FILE, framework="pt") as file:
+            keys = [key for key in file.keys() if not endings or key.endswith(endings)]  # noqa: SIM118
+            return {key.removeprefix(_PREFIX): file.get_tensor(key) for key in keys}
+    except SafetensorError as error:
+        raise ValueError(f"`adapter` must be a whole safetensors file, got {error} in {str(folder)!r}.") from error
+
+
+def read_selection(folder: Path) -> Selection:
+    """What a saved adapter trains, as `calibrate` returned it; `shapes` are known only where the base model is.
+
+    Raises:
+        ValueError: the file is damaged, or the adapter was never calibrated.
+    """
+    config = read_config(folder)
+    if config.connections is None:
+        raise ValueError(f"`adapter` must be calibrated, got one that is not in {str(folder)!r}.")
+    columns = {
+        key.removesuffix(".trpts_columns"): unpack_columns(tensor)
+        for key, tensor in _tensors(folder, ".trpts_columns").items()
+    }
+    base = base_on_meta(folder, config)
+    linears = {name: base.get_submodule(name) for name in columns} if isinstance(base, nn.Module) else {}
+    return Selection(
+        importance=config.unit_importance or {},
+        connections={name: indices.shape[1] for name, indices in columns.items()},
+        columns=columns,
+        token_layers=tuple(config.fixed_token_layers),
+        keep_rate=config.keep_rate,
+        shapes={name: (m.out_features, m.in_features) for name, m in linears.items() if isinstance(m, nn.Linear)},
+        units={name: unit_of(name, config.allocation_unit) for name in columns},
+    )
+
+
+def base_on_meta(folder: Path, config: TRPTSConfig) -> nn.Module | str:
+    """The base model without its weights, or one line that says why it cannot be had.
+
+    The config beside the adapter is taken, where there is one, for its number of labels.
+    """
+    try:
+        source = folder if (folder / "config.json").is_file() else str(config.base_model_name_or_path)
+        with torch.device("meta"):
+            return cast(nn.Module, AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(source)))
+    except (OSError, ValueError) as error:
+        return f"the base model {config.base_model_name_or_path!r} cannot be read ({str(error).splitlines()[0]})"
+
+
+def describe_file(folder: Path) -> dict[str, Any]:
+    """All that can be said of the adapter in `folder`, ready for JSON.
+
+    Returns:
+        `base_model`, `base_fingerprint` (a digest of the sampled weights of the base that the file holds),
+        `calibrated`, `keep_rate`, `token_layers`, `blocks` (a list of: unit, importance, connections, weights, biases,
+        keep_rate), `trainable` (weights, biases, modules_to_save), `bytes` (file, per_weight), and `cost` (macs,
+        dense_macs, speedup of one image, base_parameters, trainable_percent with modules_to_save), or in its place
+        `cost_unknown`, the reason.
+
+    Raises:
+        ValueError: the file is damaged, or not of TR-PTS.
+    """
+    config, tensors = read_config(folder), _tensors(folder)
+    counts = _counts(tensors)
+    indices = [tensor for key, tensor in tensors.items() if key.endswith(".trpts_columns")]
+    index_bytes = sum(tensor.numel() * tensor.element_size() for tensor in indices)
+    value_bytes = sum(t.numel() * t.element_size() for key, t in tensors.items() if key.endswith(".trpts_values"))
+    return {
+        "base_model": config.base_model_name_or_path,
+        "base_fingerprint": _digest(tensors),
+        "calibrated": config.connections is not None,
+        "keep_rate": config.keep_rate,
+        "token_layers": config.fixed_token_layers,
+        "blocks": _blocks(tensors, config),
+        "trainable": counts,
+        "bytes": {
+            "file": (folder / FILE).stat().st_size,
+            "per_weight": (index_bytes + value_bytes) / max(1, counts["weights"]),
+        },
+        **_cost(folder, config, sum(counts.values())),
+    }
+
+
+def _counts(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    counts = {"weights": 0, "biases": 0, "modules_to_save": 0}
+    for key, tensor in tensors.items():
+        kind = {".trpts_values": "weights", ".trpts_bias": "biases"}.get(f".{key.rpartition('.')[2]}")
+        if kind is not None or ".trpts_" not in f".{key}":
+            counts[kind or "modules_to_save"] += tensor.numel()
+    return counts
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    total = hashlib.sha256()
+    for key in sorted(key for key in tensors if key.endswith(".trpts_fingerprint")):
+        total.update(key.encode() + tensors[key].float().numpy().tobytes())
+    return total.hexdigest()[:_WIDTH]
+
+
+def _blocks(tensors: Mapping[str, Tensor], config: TRPTSConfig) -> list[dict[str, Any]]:
+    members: dict[str, list[str]] = defaultdict(list)
+    for key in tensors:
+        if key.endswith(".trpts_values"):
+            name = key.removesuffix(".trpts_values")
+            members[unit_of(name, config.allocation_unit)].append(name)
+    importance = config.unit_importance or {}
+    return [
+        {
+            "unit": unit,
+            "importance": importance.get(unit),
+            "connections": sorted({tensors[f"{name}.trpts_values"].shape[1] for name in members[unit]}),
+            "weights": sum(tensors[f"{name}.trpts_values"].numel() for name in members[unit]),
+            "biases": sum(tensors[key].numel() for n in members[unit] if (key := f"{n}.trpts_bias") in tensors),
+            "keep_rate": config.keep_rate if block_index(unit) in config.fixed_token_layers else 1.0,
+        }
+        for unit in sorted(members, key=unit_order)
+    ]
+
+
+def _cost(folder: Path, config: TRPTSConfig, trainable: int) -> dict[str, Any]:
+    base = base_on_meta(folder, config)
+    if isinstance(base, str):
+        return {"cost": None, "cost_unknown": base}
+    if find_family(base) is None:
+        return {"cost": None, "cost_unknown": f"{type(base).__name__} is outside the table of families"}
+    geometry = geometry_of(base)
+    dense = macs(geometry, {})
+    reduced = macs(geometry, dict.fromkeys(config.fixed_token_layers, config.keep_rate))
+    total = sum(parameter.numel() for parameter in base.parameters())
+    return {
+        "cost": {
+            "macs": reduced,
+            "dense_macs": dense,
+            "speedup": dense / reduced,
+            "base_parameters": total,
+            "trainable_percent": 100 * trainable / total,
+        }
+    }
+
+
+def table(description: Mapping[str, Any]) -> str:
+    """What `describe_file` returns, to read in a terminal."""
+    rows = [("unit", "w %", "C", "weights", "biases", "tokens kept")]
+    for block in description["blocks"]:
+        share = "-" if block["importance"] is None else f"{100 * block['importance']:.2f}"
+        counts = block["connections"]
+        between = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
+        kept = f"{100 * block['keep_rate']:g} %" if block["keep_rate"] < 1 else "all"
+        rows.append((block["unit"], share, between, f"{block['weights']:,}", f"{block['biases']:,}", kept))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    return "\n".join([*lines, "", *_facts(description)])
+
+
+def _facts(description: Mapping[str, Any]) -> list[str]:
+    trainable, size, cost = description["trainable"], description["bytes"], description["cost"]
+    layers = ", ".join(map(str, description["token_layers"]))
+    facts = [
+        ("base model", f"{description['base_model']} (fingerprint {description['base_fingerprint']})"),
+        ("calibrated", "yes" if description["calibrated"] else "no"),
+        ("trained", ", ".join(f"{count:,} {_WORDS[name]}" for name, count in trainable.items())),
+        ("token layers", f"{layers} at keep rate {description['keep_rate']:g}" if layers else "none"),
+        ("file", f"{size['file']:,} bytes, {size['per_weight']:.2f} per trained weight"),
+    ]
+    if cost is None:
+        facts.append(("cost", f"unknown: {description['cost_unknown']}"))
+    else:
+        per_image = f"{cost['macs']:,} MACs an image, predicted speed-up {cost['speedup']:.3f}"
+        facts.append(("cost", f"{per_image}; {cost['trainable_percent']:.3f} % of the base model trained"))
+    return [f"{name:<13} {text}" for name, text in facts]

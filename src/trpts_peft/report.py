@@ -1,0 +1,301 @@
+"""What a finished run leaves behind: results.json, figures, the results in the model card, an upload."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import EvalResult, HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from peft import PeftModel
+from torch import Tensor, nn
+
+from .cost import estimate_cost
+from .families import find_family
+from .image_data import ImageData, with_pixel_values
+from .inspection import read_selection
+from .plots import plot_layer_importance, plot_tokens
+from .selection import Selection
+from .vit import keep_rates_in_force, set_token_selection
+
+__all__ = [
+    "check_upload",
+    "draw_figures",
+    "license_of",
+    "measured_speedup",
+    "result_folder",
+    "start_card",
+    "summary",
+    "upload",
+    "write_json",
+    "write_report",
+]
+
+_PACKAGES = ("trpts-peft", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
+_ROUNDS, _TIMED_IMAGES = 9, 8
+
+
+def write_report(
+    output: Path,
+    folder: Path,
+    model: nn.Module,
+    processor: Any,
+    data: ImageData,
+    *,
+    settings: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """Figures, card and results of a run whose model is saved; results.json comes last, as the sign that all is there.
+
+    Args:
+        output: the run's folder.
+        folder: where the adapter, or the model, was saved.
+        model: the trained model, with its image processor and its data.
+        settings, metrics, seconds: what goes into the results as it is.
+
+    Returns:
+        What results.json holds.
+    """
+    selects = isinstance(model, PeftModel) and settings["method"] == "trpts"
+    results: dict[str, Any] = {
+        "settings": dict(settings),
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        **_about_data(data, processor),
+        **{name: metrics[name] for name in ("accuracy", "accuracy_per_class", "loss")},
+        "parameters": _parameters(model),
+        "bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        "seconds": dict(seconds),
+        "speed": _speed(model, data, processor),
+        **(_about_selection(read_selection(folder)) if selects else {}),
+        "figures": draw_figures(output / "figures", model, processor, data, folder) if selects else [],
+    }
+    _add_to_card(folder, results)
+    write_json(output / "results.json", results)
+    return results
+
+
+def _about_data(data: ImageData, processor: Any) -> dict[str, Any]:
+    counts = {"train": len(data.train), "test": len(data.test), "test_split": data.test_split}
+    return {
+        "data": {"classes": list(data.names), **counts},
+        "preprocessing": json.loads(processor.to_json_string()),
+    }
+
+
+def _about_selection(selection: Selection) -> dict[str, Any]:
+    decided = {name: getattr(selection, name) for name in ("importance", "connections")}
+    return {"selection": {**decided, "token_layers": list(selection.token_layers)}}
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    draft = path.with_name(f"{path.name}.part")
+    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+def result_folder(output: Path) -> Path:
+    """Where a run saved what it trained: `adapter`, or `model` for methods that change the model itself."""
+    return next((output / name for name in ("adapter", "model") if (output / name).is_dir()), output / "adapter")
+
+
+def summary(results: Mapping[str, Any], output: Path) -> str:
+    """The results in a few lines."""
+    rows = [
+        ("accuracy", f"{results['accuracy']:.2f} %, mean per class {results['accuracy_per_class']:.2f} %"),
+        ("trained", f"{results['parameters']['trainable']:,} parameters, {results['bytes']:,} bytes on disk"),
+        ("speed-up", f"{results['speed']['predicted']:.2f} predicted, {results['speed']['measured']:.2f} measured"),
+        ("results", str(output / "results.json")),
+        ("saved", str(result_folder(output))),
+    ]
+    return "\n".join(f"{name:<9} {text}" for name, text in rows)
+
+
+# ---- figures and numbers ----
+
+
+def _parameters(model: nn.Module) -> dict[str, float]:
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if find_family(model) is None:
+        return {"trainable": trainable}
+    cost = estimate_cost(model)
+    return {
+        "total": cost.total_parameters,
+        "trainable": cost.trainable_parameters,
+        "trainable_without_head": cost.trainable_parameters_without_head,
+        "trainable_percent": cost.trainable_percent,
+        "trainable_percent_without_head": cost.trainable_percent_without_head,
+    }
+
+
+def _speed(model: nn.Module, data: ImageData, processor: Any) -> dict[str, float]:
+    """Speed-up of inference by token selection: predicted from multiply-accumulates, and measured; 1 without any."""
+    if not keep_rates_in_force(model):
+        return {"predicted": 1.0, "measured": 1.0}
+    count = min(_TIMED_IMAGES, len(data.test))
+    pixels = torch.stack(with_pixel_values(data.test, processor)[:count]["pixel_values"])
+    size = (pixels.shape[2], pixels.shape[3])
+    return {"predicted": estimate_cost(model, size).speedup, "measured": measured_speedup(model, pixels)}
+
+
+def measured_speedup(model: nn.Module, pixel_values: Tensor) -> float:
+    """Time of a forward pass with all tokens over that with the selected ones, merged; median over interleaved rounds.
+
+    Args:
+        model: a PeftModel that selects tokens; it is left as it was, though in eval mode.
+        pixel_values: (B, 3, H, W).
+    """
+    assert isinstance(model, PeftModel)
+    model.eval()
+    pixels = pixel_values.to(next(model.parameters()).device)
+    model.merge_adapter()
+    try:
+        with torch.inference_mode():
+            ratios = [_seconds(model, pixels, False) / _seconds(model, pixels, True) for _ in range(_ROUNDS + 1)]
+    finally:
+        set_token_selection(model, True)
+        model.unmerge_adapter()
+    return statistics.median(ratios[1:])  # the first round allocates
+
+
+def _seconds(model: nn.Module, pixels: Tensor, selects: bool) -> float:
+    set_token_selection(model, selects)
+    start = time.perf_counter()
+    model(pixel_values=pixels)
+    if pixels.device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - start
+
+
+def draw_figures(folder: Path, model: nn.Module, processor: Any, data: ImageData, adapter: Path) -> list[str]:
+    """Figures 5 and 6 of the paper for this run, as far as they can be drawn; returns their names.
+
+    The first goes beside the adapter too, where its card shows it; the second shows images, and stays with the run.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        return []
+    folder.mkdir(exist_ok=True)
+    figures: dict[str, Callable[[], Any]] = {
+        "layer_importance.png": lambda: plot_layer_importance(read_selection(adapter)).figure
+    }
+    if keep_rates_in_force(model):
+        images = [image.convert("RGB") for image in data.test[:4]["image"]]
+        figures["tokens.png"] = lambda: plot_tokens(model, images, processor=processor)
+    for name, draw in figures.items():
+        draw().savefig(folder / name, dpi=120)
+    (adapter / "layer_importance.png").write_bytes((folder / "layer_importance.png").read_bytes())
+    return list(figures)
+
+
+# ---- the model card ----
+
+
+def start_card(folder: Path) -> None:
+    """Put an empty card where PEFT would else put a long form to fill in."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "README.md").write_text("---\nlibrary_name: transformers\n---\n", encoding="utf-8")
+
+
+def _add_to_card(folder: Path, results: Mapping[str, Any]) -> None:
+    """Say in the model card what the run reached, and on which data."""
+    path, settings = folder / "README.md", results["settings"]
+    card = ModelCard.load(path)
+    data: Any = card.data
+    local = Path(settings["dataset"]).exists()
+    name = Path(settings["dataset"]).name if local else settings["dataset"]
+    data.metrics = ["accuracy"]
+    data.pipeline_tag = "image-classification"
+    if not local:
+        data.datasets = [name]
+    if (license := license_of(settings["model"])) is not None:
+        data.license = license
+    data.model_name = folder.resolve().parent.name
+    data.eval_results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=name,
+            dataset_name=name,
+            dataset_split=results["data"]["test_split"],
+            metric_type="accuracy",
+            metric_value=round(results["accuracy"] / 100, 4),
+        )
+    ]
+    card.text = f"{card.text.rstrip()}\n\n{_results_section(results, name)}\n"
+    card.save(path)
+
+
+def _results_section(results: Mapping[str, Any], dataset: str) -> str:
+    settings, data, parameters, speed = (results[key] for key in ("settings", "data", "parameters", "speed"))
+    percent = f" ({parameters['trainable_percent']:.3f} % of the model)" if "trainable_percent" in parameters else ""
+    images = f"{data['train']:,} images to train on, {data['test']:,} to test on ({data['test_split']})"
+    rows = [
+        ("data", f"{dataset}: {images}"),
+        ("accuracy", f"{results['accuracy']:.2f} %"),
+        ("mean accuracy per class", f"{results['accuracy_per_class']:.2f} %"),
+        ("trained", f"{parameters['trainable']:,} parameters{percent}, the head among them"),
+        ("file", f"{results['bytes']:,} bytes"),
+        ("speed-up by token selection", f"{speed['predicted']:.2f} predicted, {speed['measured']:.2f} measured"),
+        ("recipe", _recipe(settings)),
+    ]
+    lines = ["## Results", "", "| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows)]
+    if "layer_importance.png" in results["figures"]:
+        lines += ["", "![Share of the top-scoring weights in each block](layer_importance.png)"]
+    return "\n".join(lines)
+
+
+def _recipe(settings: Mapping[str, Any]) -> str:
+    return (
+        f"{settings['epochs']} epochs of batches of {settings['batch_size']}, Adam, peak learning rate "
+        f"{settings['learning_rate']:g}, cosine, no augmentation, seed {settings['seed']}"
+    )
+
+
+def license_of(model: str) -> str | None:
+    """The license that the card of the base model names; None where none is to be had."""
+    path = Path(model) / "README.md"
+    if Path(model).is_dir() and not path.is_file():
+        return None
+    try:
+        card = ModelCard.load(path if path.is_file() else model)
+    except Exception:  # not there, not reachable, not valid: somebody else's card must not end a run
+        return None
+    name = card.data.get("license")
+    return name if isinstance(name, str) else None
+
+
+# ---- the Hub ----
+
+
+def check_upload(repository: str) -> None:
+    """Raise a ValueError now where `upload` would fail for want of a valid name or of a token."""
+    try:
+        validate_repo_id(repository)
+        HfApi().whoami()
+    except HFValidationError as error:
+        raise ValueError(f"`push_to_hub` must be user/name, got {repository!r}.") from error
+    except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise ValueError(
+            f"`push_to_hub` must be a repository that you may write to, got {repository!r}, and the Hub says: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+def upload(folder: Path, repository: str) -> str:
+    """Put the files of a saved adapter or model into a repository on the Hub, made if it is not there; returns its URL.
+
+    Unlike `PeftModel.push_to_hub`, this uploads the model card that stands in the folder.
+    """
+    api = HfApi()
+    url = api.create_repo(repository, exist_ok=True)
+    api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Upload adapter with its model card")
+    return str(url)

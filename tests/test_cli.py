@@ -1,0 +1,151 @@
+"""The command as it is typed: exit codes, one line for what was refused, and what is printed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+from transformers import ViTForImageClassification
+from typer.testing import CliRunner, Result
+
+from pictures import picture, write_base, write_folder
+from trpts_peft.cli import app
+from trpts_peft.finetuning import FinetuneSettings
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base model, a data set, an image, and two finished runs."""
+    home = tmp_path_factory.mktemp("home")
+    write_base(home / "base")
+    write_folder(home / "set", splits={"train": 3, "test": 2})
+    picture(0, 0).save(home / "picture.png")
+    for name, seed in (("one", "0"), ("two", "1")):
+        result = finetune(
+            home,
+            "--output",
+            name,
+            "--epochs",
+            "1",
+            "--batch-size",
+            "3",
+            "--token-layers",
+            "1,",
+            "--keep-rate",
+            "0.5",
+            "--seed",
+            seed,
+        )
+        assert result.exit_code == 0, result.output
+    return home
+
+
+def trpts(home: Path, *arguments: str) -> Result:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "cache")
+        return CliRunner().invoke(app, arguments)
+
+
+def finetune(home: Path, *arguments: str) -> Result:
+    return trpts(home, "finetune", "--model", "base", "--dataset", "set", *arguments)
+
+
+def refused(result: Result) -> str:
+    """The one line, in the last of what went to stderr; progress bars are wiped from the screen."""
+    assert result.exit_code == 2, result.output
+    line = result.stderr.rstrip("\n").replace("\r", "\n").splitlines()[-1]
+    assert line.startswith("trpts: `")
+    return line
+
+
+def test_help_describes_every_setting() -> None:
+    text = "".join(CliRunner().invoke(app, ["finetune", "--help"], env={"COLUMNS": "400"}).stdout.split())
+    for name, setting in FinetuneSettings.__dataclass_fields__.items():
+        assert f"--{name.replace('_', '-')}" in text
+        assert "".join(setting.metadata["help"].split()) in text, name
+
+
+def test_the_end_says_what_was_reached(home: Path) -> None:
+    results = json.loads((home / "one" / "results.json").read_text())
+    shown = finetune(
+        home,
+        "--output",
+        "one",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "3",
+        "--token-layers",
+        "1,",
+        "--keep-rate",
+        "0.5",
+        "--resume",
+    )
+    assert shown.exit_code == 0
+    assert f"accuracy  {results['accuracy']:.2f} %" in shown.stdout
+    assert f"{results['bytes']:,} bytes on disk" in shown.stdout
+    assert "saved     one/adapter" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--keep-rate", "2"), "`keep_rate` must be in (0, 1], got 2.0."),
+        (("--label-column", "kind"), "`label_column` must be one of ['image', 'label'], got 'kind'."),
+        (("--budget", "0.9"), "`budget` must be from"),
+        (("--output", "set"), "`output` must be empty or not there, got 'set' with files in it"),
+    ],
+)
+def test_what_does_not_fit_is_one_line_and_exit_code_2(home: Path, arguments: tuple[str, ...], message: str) -> None:
+    assert message in refused(finetune(home, "--output", "new", *arguments))
+    assert not (home / "new").exists()
+
+
+@pytest.mark.parametrize("arguments", [("finetune",), ("finetune", "--method", "magic"), ("inspect",), ("nothing",)])
+def test_what_cannot_be_parsed_is_exit_code_2(home: Path, arguments: tuple[str, ...]) -> None:
+    assert trpts(home, *arguments).exit_code == 2
+
+
+def test_inspect(home: Path) -> None:
+    text, data = (trpts(home, "inspect", "one/adapter", *flags) for flags in ((), ("--json",)))
+    assert text.exit_code == data.exit_code == 0
+    assert json.loads(data.stdout)["token_layers"] == [1]
+    assert "token layers  1 at keep rate 0.5" in text.stdout
+    assert "`adapter` must hold adapter_config.json" in refused(trpts(home, "inspect", "set"))
+
+
+def test_merge(home: Path) -> None:
+    assert "`token_selection` must be 'keep' or 'drop'" in refused(trpts(home, "merge", "one/adapter", "--output", "m"))
+    result = trpts(home, "merge", "one/adapter", "--output", "merged", "--token-selection", "keep")
+    assert (result.exit_code, result.stdout) == (0, "wrote merged\n")
+    assert ViTForImageClassification.from_pretrained(home / "merged").config.trpts_keep_rates == {"1": 0.5}
+    assert "`output` must be an empty folder" in refused(trpts(home, "merge", "one/adapter", "--output", "merged"))
+
+
+def test_plot(home: Path) -> None:
+    result = trpts(home, "plot", "one/adapter", "two/adapter", "--output", "figures", "--image", "picture.png")
+    assert result.exit_code == 0, result.output
+    names = ["layer_importance.png", "overlap.png", "tokens-one.png", "tokens-two.png"]
+    assert sorted(path.name for path in (home / "figures").iterdir()) == names
+    assert result.stdout.split() == [word for name in names for word in ("wrote", f"figures/{name}")]
+    for arguments in (
+        ("--output", "figures"),
+        ("--output", "f", "--image", "none.png"),
+        ("--output", "f", "--image", "set"),
+    ):
+        refused(trpts(home, "plot", "one/adapter", *arguments))
+    assert not (home / "f").exists()
+
+
+def test_the_console_script_and_the_module_are_the_command() -> None:
+    path = os.pathsep.join(sys.path)
+    command = [sys.executable, "-m", "trpts_peft", "inspect", "no/such"]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("trpts: `adapter` must be a folder") and result.stderr.count("\n") == 1

@@ -1,0 +1,126 @@
+"""Adapters on their base, merged, and drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from peft import PeftModel, get_peft_model
+from transformers import ViTForImageClassification
+
+from conftest import LabelledImages, build_images
+from pictures import picture, write_base
+from trpts_peft import TRPTSConfig, apply_token_selection, calibrate
+from trpts_peft.deployment import check_empty, draw_adapters, labels_of, load_adapted, merge_into_checkpoint
+from trpts_peft.vit import keep_rates_in_force
+
+NAMES = {0: "red", 1: "green", 2: "blue"}
+
+
+@torch.no_grad()
+def predict(model: Any) -> torch.Tensor:
+    return model.eval()(build_images()).logits
+
+
+def adapter(folder: Path, *, own_config: bool = True, **options: Any) -> PeftModel:
+    """An adapter of random values and three classes, saved in `folder/adapter`; its base, of five, in `folder/base`."""
+    write_base(folder / "base")
+    base = ViTForImageClassification.from_pretrained(
+        folder / "base", num_labels=3, id2label=NAMES, ignore_mismatched_sizes=True
+    )
+    model = get_peft_model(base, TRPTSConfig(modules_to_save=["classifier"], **options))
+    calibrate(model, LabelledImages(12), progress=False)
+    for name, parameter in model.named_parameters():
+        if "trpts_" in name:
+            parameter.data.normal_(std=0.2)
+    model.save_pretrained(folder / "adapter")
+    if own_config:
+        base.config.save_pretrained(folder / "adapter")
+    return model
+
+
+SELECTING = {"keep_rate": 0.5, "token_layers": [1, 2]}
+
+
+@pytest.mark.parametrize("own_config", [True, False])
+def test_it_predicts_as_it_was_saved(tmp_path: Path, own_config: bool) -> None:
+    model = adapter(tmp_path, own_config=own_config, **SELECTING)
+    loaded, processor = load_adapted(tmp_path / "adapter")
+    assert torch.equal(predict(loaded), predict(model))
+    assert not loaded.training
+    assert processor.size["height"] == 32
+    if own_config:
+        assert loaded.config.id2label == NAMES
+
+
+def test_merging_keeps_token_selection_on_demand(tmp_path: Path) -> None:
+    model = adapter(tmp_path, **SELECTING)
+    merge_into_checkpoint(tmp_path / "adapter", tmp_path / "merged", "keep")
+    merged = ViTForImageClassification.from_pretrained(tmp_path / "merged")
+    apply_token_selection(merged)
+    assert keep_rates_in_force(merged) == {1: 0.5, 2: 0.5}
+    torch.testing.assert_close(predict(merged), predict(model), rtol=1e-5, atol=1e-5)
+    assert merged.config.id2label == NAMES
+    assert (tmp_path / "merged" / "preprocessor_config.json").is_file()
+
+
+def test_merging_drops_token_selection_on_demand(tmp_path: Path) -> None:
+    model = adapter(tmp_path, **SELECTING)
+    merge_into_checkpoint(tmp_path / "adapter", tmp_path / "merged", "drop")
+    merged = ViTForImageClassification.from_pretrained(tmp_path / "merged")
+    assert not hasattr(merged.config, "trpts_keep_rates")
+    assert not torch.allclose(predict(merged), predict(model), atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"token_layers": 0}, {"keep_rate": 1.0, "token_layers": [1]}])
+def test_without_token_selection_there_is_nothing_to_decide(tmp_path: Path, options: Any) -> None:
+    model = adapter(tmp_path, **options)
+    merge_into_checkpoint(tmp_path / "adapter", tmp_path / "merged")
+    merged = ViTForImageClassification.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(predict(merged), predict(model), rtol=1e-5, atol=1e-5)
+
+
+def test_token_selection_is_not_dropped_silently(tmp_path: Path) -> None:
+    adapter(tmp_path, **SELECTING)
+    with pytest.raises(ValueError, match=r"`token_selection` must be 'keep' or 'drop' .* got None"):
+        merge_into_checkpoint(tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_base_that_is_gone(tmp_path: Path) -> None:
+    adapter(tmp_path, **SELECTING)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match="`adapter` must name a base model that can be loaded"):
+        load_adapted(tmp_path / "adapter")
+
+
+def test_a_folder_must_be_empty(tmp_path: Path) -> None:
+    check_empty(tmp_path)
+    check_empty(tmp_path / "new")
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path, tmp_path / "file"):
+        with pytest.raises(ValueError, match="`output` must be an empty folder or not there"):
+            check_empty(path)
+
+
+def test_labels_are_short_and_distinct() -> None:
+    assert labels_of(["runs/a/adapter", "b", "user/c"]) == ["a", "b", "c"]
+    assert labels_of(["x/a", "y/a"]) == ["x/a", "y/a"]
+
+
+def test_figures(tmp_path: Path) -> None:
+    folders = {}
+    for name in ("a", "b"):
+        adapter(tmp_path / name, **SELECTING)
+        folders[name] = tmp_path / name / "adapter"
+    images = [picture(0, 0), picture(1, 1)]
+    one = draw_adapters({"a": folders["a"]}, [])
+    assert list(one) == ["layer_importance.png"]
+    assert list(draw_adapters({"a": folders["a"]}, images)) == ["layer_importance.png", "tokens.png"]
+    all_of_them = draw_adapters(folders, images)
+    assert list(all_of_them) == ["layer_importance.png", "overlap.png", "tokens-a.png", "tokens-b.png"]
+    assert all(isinstance(figure, Figure) for figure in all_of_them.values())
+    assert len(all_of_them["tokens-a.png"].axes) == 2 * 3  # two images, each as it is and behind two blocks

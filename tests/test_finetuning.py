@@ -1,0 +1,276 @@
+"""A run from settings to files: what it refuses, what it writes, and that a broken-off one ends as if it were whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from transformers import AutoConfig, ViTForImageClassification
+
+from pictures import write_base, write_folder
+from trpts_peft.deployment import load_adapted
+from trpts_peft.finetuning import FinetuneSettings, finished, last_checkpoint, prepare
+from trpts_peft.image_data import load_image_data, with_pixel_values
+from trpts_peft.inspection import read_config
+from trpts_peft.methods import METHODS
+
+NAMES = ("blue", "green", "red")
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A base model and a data set, as settings."""
+    folder = tmp_path_factory.mktemp("given")
+    write_base(folder / "base")
+    (folder / "base" / "README.md").write_text("---\nlicense: apache-2.0\n---\nA base.\n")
+    write_folder(folder / "set", splits={"train": 6, "test": 3})
+    return {"model": str(folder / "base"), "dataset": str(folder / "set"), "epochs": 2, "batch_size": 6}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def run(given: dict[str, Any], output: Path, **options: Any) -> tuple[FinetuneSettings, dict[str, Any]]:
+    settings = FinetuneSettings(output=output, **{"keep_rate": 0.5, "token_layers": "1,2", **given, **options})
+    return settings, prepare(settings).train()
+
+
+# ---- settings ----
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"epochs": 0}, "`epochs` must be at least 1, got 0"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+        ({"num_train": 1}, "`num_train` must be at least 2, got 1"),
+        ({"num_workers": -1}, "`num_workers` must be at least 0, got -1"),
+        ({"seed": -1}, "`seed` must be at least 0, got -1"),
+        ({"learning_rate": 0.0}, "`learning_rate` must be a finite number above 0, got 0.0"),
+        ({"learning_rate": float("nan")}, "`learning_rate` must be a finite number above 0, got nan"),
+        ({"keep_rate": 1.5}, r"`keep_rate` must be in \(0, 1\], got 1.5"),
+        ({"budget": 2.0}, r"`budget` must be in \(0, 1\], got 2.0"),
+        ({"token_layers": "three"}, "`token_layers` must be a number or block indices with commas, got 'three'"),
+        ({"token_layers": ","}, "`token_layers` must be a number or block indices with commas, got ','"),
+        ({"method": "lora", "keep_rate": 0.5}, "`keep_rate` must be left out with `method` 'lora'"),
+        ({"method": "full", "token_layers": "2"}, "`token_layers` must be left out with `method` 'full'"),
+    ],
+)
+def test_bad_settings_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FinetuneSettings(model="m", dataset="d", output=tmp_path, **options)
+
+
+@pytest.mark.parametrize("text, expected", [("3", 3), ("0", 0), ("3,6, 9", [3, 6, 9]), ("5,", [5])])
+def test_token_layers_are_a_number_or_a_list(tmp_path: Path, text: str, expected: Any) -> None:
+    settings = FinetuneSettings(model="m", dataset="d", output=tmp_path, token_layers=text)
+    assert settings.trpts_options()["token_layers"] == expected
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_has_its_usual_learning_rate(tmp_path: Path, method: Any) -> None:
+    settings = FinetuneSettings(model="m", dataset="d", output=tmp_path, method=method)
+    assert settings.to_dict()["learning_rate"] == METHODS[method].learning_rate
+    assert replace(settings, learning_rate=0.5).peak_learning_rate == 0.5
+
+
+# ---- a whole run ----
+
+
+@pytest.fixture(scope="module")
+def done(given: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[FinetuneSettings, dict[str, Any]]:
+    return run(given, tmp_path_factory.mktemp("runs") / "red-green-blue")
+
+
+def test_it_leaves_results_adapter_and_figures(done: Any) -> None:
+    settings, _ = done
+    assert sorted(path.name for path in settings.output.iterdir()) == [
+        "adapter", "calibrated", "figures", "results.json", "settings.json",
+    ]  # fmt: skip
+    assert sorted(path.name for path in (settings.output / "adapter").iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "config.json", "layer_importance.png",
+        "preprocessor_config.json",
+    ]  # fmt: skip
+    assert sorted(path.name for path in (settings.output / "figures").iterdir()) == [
+        "layer_importance.png",
+        "tokens.png",
+    ]
+
+
+def test_results_say_what_was_done(done: Any) -> None:
+    settings, results = done
+    assert results == json.loads((settings.output / "results.json").read_text())
+    assert results["settings"]["learning_rate"] == METHODS["trpts"].learning_rate
+    assert results["versions"]["torch"] == torch.__version__
+    assert results["data"] == {"classes": list(NAMES), "train": 18, "test": 9, "test_split": "test"}
+    assert results["preprocessing"]["size"] == {"height": 32, "width": 32}
+    assert results["seconds"]["steps"] == 6 and results["seconds"]["training"] > 0
+    assert results["speed"]["predicted"] > 1 and results["speed"]["measured"] > 0
+    assert results["selection"]["token_layers"] == [1, 2]
+    assert results["bytes"] == (settings.output / "adapter" / "adapter_model.safetensors").stat().st_size
+
+
+def test_the_accuracy_is_that_of_the_saved_adapter(done: Any, given: dict[str, Any]) -> None:
+    settings, results = done
+    model, processor = load_adapted(settings.output / "adapter")
+    test = load_image_data(given["dataset"], progress=False).test
+    batch = with_pixel_values(test, processor)[:]
+    with torch.no_grad():
+        right = model(torch.stack(batch["pixel_values"])).logits.argmax(-1) == batch["labels"]
+    assert results["accuracy"] == pytest.approx(100 * right.double().mean().item())
+    assert results["parameters"]["trainable"] == sum(
+        p.numel() for name, p in model.named_parameters() if "trpts_" in name or "modules_to_save" in name
+    )
+    assert model.config.id2label == dict(enumerate(NAMES))
+
+
+def test_the_card_says_what_was_reached(done: Any) -> None:
+    settings, results = done
+    card = ModelCard.load(settings.output / "adapter" / "README.md")
+    data = card.data
+    assert (data.library_name, data.license, data.metrics) == ("peft", "apache-2.0", ["accuracy"])
+    assert data.eval_results[0].metric_value == round(results["accuracy"] / 100, 4)
+    assert data.eval_results[0].dataset_name == "set" and "datasets" not in data.to_dict()
+    assert data.model_name == "red-green-blue"
+    assert f"| accuracy | {results['accuracy']:.2f} % |" in card.text
+    assert "![Share of the top-scoring weights in each block](layer_importance.png)" in card.text
+    assert "More Information Needed" not in card.text
+    assert "import trpts_peft" in card.text and str(settings.dataset) not in card.text
+
+
+def test_a_finished_run_is_read_and_not_run_again(done: Any) -> None:
+    settings, results = done
+    assert finished(replace(settings, resume=True)) == results
+    with pytest.raises(ValueError, match="`output` must be empty or not there"):
+        finished(settings)
+
+
+@pytest.mark.parametrize(
+    "method, folder", [("lora", "adapter"), ("linear", "model"), ("bitfit", "model"), ("full", "model")]
+)
+def test_other_methods(given: dict[str, Any], tmp_path: Path, method: str, folder: str) -> None:
+    options = {"keep_rate": 0.95, "token_layers": "3", "epochs": 1}
+    settings, results = run(given, tmp_path / "run", method=method, **options)
+    assert results["speed"] == {"predicted": 1.0, "measured": 1.0}
+    assert (results["figures"], "selection" in results) == ([], False)
+    saved = settings.output / folder
+    assert AutoConfig.from_pretrained(saved).id2label == dict(enumerate(NAMES))
+    if folder == "model":
+        model = ViTForImageClassification.from_pretrained(saved)
+        base = ViTForImageClassification.from_pretrained(given["model"])
+        changed = {n for n, p in model.vit.named_parameters() if not torch.equal(p, base.vit.get_parameter(n))}
+        biases = {name for name, _ in model.vit.named_parameters() if name.endswith("bias")}
+        assert bool(changed) == (method != "linear")
+        assert changed <= biases or method == "full"
+        assert ModelCard.load(saved / "README.md").data.library_name == "transformers"
+    else:
+        assert isinstance(PeftModel.from_pretrained(ViTForImageClassification.from_pretrained(
+            given["model"], num_labels=3, ignore_mismatched_sizes=True), saved), PeftModel)  # fmt: skip
+
+
+# ---- what is refused, with nothing written ----
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"model": "no/such"}, "`model` must be an image classifier, .* got 'no/such'"),
+        ({"dataset": "/no/such"}, "`dataset` must be an id"),
+        ({"label_column": "kind"}, "`label_column` must be one of"),
+        ({"budget": 0.99}, "`budget` must be from"),
+        ({"token_layers": "1,9"}, "`token_layers` must be block indices below 4"),
+        ({"token_layers": "5"}, "`token_layers` must be at most 4"),
+        ({"push_to_hub": "a/b"}, "`push_to_hub` must be a repository that you may write to"),
+        ({"push_to_hub": "a/b/c"}, "`push_to_hub` must be user/name, got 'a/b/c'"),
+    ],
+)
+def test_what_does_not_fit_leaves_nothing(given: dict[str, Any], tmp_path: Path, options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run({**given, **options}, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_folder_is_not_touched(given: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine")
+    for resume, message in ((False, "empty or not there"), (True, "must hold a run to resume")):
+        with pytest.raises(ValueError, match=f"`output` .*{message}"):
+            run(given, tmp_path, resume=resume)
+    with pytest.raises(ValueError, match="`output` must be a folder"):
+        run(given, tmp_path / "notes")
+    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["notes"]
+
+
+def test_a_resumed_run_has_the_same_settings(done: Any) -> None:
+    settings, _ = done
+    with pytest.raises(ValueError, match="`seed` must be as in the run to resume, 0, got 1"):
+        prepare(replace(settings, resume=True, seed=1))
+
+
+# ---- broken off ----
+
+
+def test_the_last_checkpoint_is_the_last_whole_one(tmp_path: Path) -> None:
+    assert last_checkpoint(tmp_path) is None
+    for step, content in ((9, "{}"), (10, "{}"), (11, '{"half'), (12, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if content is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(content)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+STOPPED = """
+import os, signal, sys
+from transformers import Trainer
+import test_finetuning, trpts_peft.cli
+
+how, stage = getattr(signal, sys.argv.pop(1)), sys.argv.pop(1)
+save = Trainer._save_checkpoint
+
+def save_and_stop(self, *arguments):
+    save(self, *arguments)
+    os.kill(os.getpid(), how)
+
+def stop(*arguments, **options):
+    os.kill(os.getpid(), how)
+
+Trainer._save_checkpoint, Trainer.train = (save_and_stop, Trainer.train) if stage == "epoch" else (save, stop)
+trpts_peft.cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    "how, stage, code", [("SIGKILL", "epoch", -9), ("SIGINT", "epoch", 130), ("SIGKILL", "start", -9)]
+)
+def test_a_run_broken_off_ends_as_if_it_were_whole(done: Any, tmp_path: Path, how: str, stage: str, code: int) -> None:
+    """A real second process is killed, or gets Ctrl-C, after its first epoch or before; the rest is run here."""
+    settings, results = done
+    broken = replace(settings, output=tmp_path / "run")
+    options = {name: value for name, value in broken.to_dict().items() if isinstance(value, (str, int, float))}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if not isinstance(value, bool)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    environment |= {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", STOPPED, how, stage, "finetune", *flags]
+    stopped = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert stopped.returncode == code, stopped.stderr
+    if signal.Signals[how] is signal.SIGINT:
+        assert "interrupted. The same command with --resume" in stopped.stderr
+    assert not (broken.output / "results.json").exists()
+    resumed = prepare(replace(broken, resume=True)).train()
+    assert resumed["seconds"]["resumed_from_step"] == (3 if stage == "epoch" else 0)
+    assert resumed["accuracy"] == results["accuracy"]
+    ours, whole = (folder / "adapter" / "adapter_model.safetensors" for folder in (broken.output, settings.output))
+    assert ours.read_bytes() == whole.read_bytes()
+    assert read_config(broken.output / "adapter") == read_config(settings.output / "adapter")

@@ -1,0 +1,166 @@
+"""What a saved adapter says of itself, against the model that was saved."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, ViTForImageClassification
+
+from conftest import LabelledImages, build_vit
+from pictures import write_base
+from trpts_peft import Selection, TRPTSConfig, calibrate, estimate_cost
+from trpts_peft.inspection import describe_file, find_adapter, read_config, read_selection, table
+
+UNITS = [f"vit.layers.{index}" for index in range(4)]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[PeftModel, Selection, Path]:
+    """A calibrated adapter over a base in a folder, its Selection, and where it was saved."""
+    write_base(tmp_path / "base")
+    base = ViTForImageClassification.from_pretrained(tmp_path / "base", num_labels=3, ignore_mismatched_sizes=True)
+    model = get_peft_model(base, TRPTSConfig(keep_rate=0.5, token_layers=[1, 2], modules_to_save=["classifier"]))
+    selection = calibrate(model, LabelledImages(12), progress=False)
+    model.save_pretrained(tmp_path / "adapter")
+    base.config.save_pretrained(tmp_path / "adapter")
+    return model, selection, tmp_path / "adapter"
+
+
+def test_the_selection_comes_back(saved: Any) -> None:
+    _, selection, folder = saved
+    read = read_selection(folder)
+    for name in ("importance", "connections", "token_layers", "keep_rate", "shapes", "units", "trainable"):
+        assert getattr(read, name) == getattr(selection, name), name
+    assert all(torch.equal(read.columns[name], columns) for name, columns in selection.columns.items())
+    assert read.columns.keys() == selection.columns.keys()
+
+
+def test_blocks_are_those_of_the_selection(saved: Any) -> None:
+    _, selection, folder = saved
+    blocks = describe_file(folder)["blocks"]
+    assert [block["unit"] for block in blocks] == UNITS
+    for index, block in enumerate(blocks):
+        linears = [name for name, unit in selection.units.items() if unit == block["unit"]]
+        assert block["importance"] == selection.importance[block["unit"]]
+        assert block["connections"] == sorted({selection.connections[name] for name in linears})
+        assert block["weights"] == sum(selection.columns[name].numel() for name in linears)
+        assert block["biases"] == sum(selection.shapes[name][0] for name in linears) == 4 * 32 + 64 + 32
+        assert block["keep_rate"] == (0.5 if index in (1, 2) else 1.0)
+
+
+def test_counts_and_cost_are_those_of_the_model(saved: Any) -> None:
+    model, _, folder = saved
+    description, cost = describe_file(folder), estimate_cost(model)
+    assert sum(description["trainable"].values()) == cost.trainable_parameters
+    assert description["trainable"]["modules_to_save"] == 32 * 3 + 3
+    assert description["cost"]["base_parameters"] == cost.total_parameters
+    assert description["cost"]["macs"] == cost.macs
+    assert description["cost"]["speedup"] == cost.speedup
+    assert description["cost"]["trainable_percent"] == cost.trainable_percent
+    assert description["bytes"] == {"file": (folder / "adapter_model.safetensors").stat().st_size, "per_weight": 6.0}
+    json.dumps(description)
+
+
+def test_the_fingerprint_tells_bases_apart(saved: Any, tmp_path: Path) -> None:
+    model, _, folder = saved
+    digests = [describe_file(folder)["base_fingerprint"]]
+    model.save_pretrained(tmp_path / "again")
+    digests.append(describe_file(tmp_path / "again")["base_fingerprint"])
+    get_peft_model(build_vit(seed=1), TRPTSConfig()).save_pretrained(tmp_path / "other")
+    digests.append(describe_file(tmp_path / "other")["base_fingerprint"])
+    assert digests[0] == digests[1] != digests[2]
+    assert all(len(digest) == 12 for digest in digests)
+
+
+def test_the_table_shows_what_was_found(saved: Any) -> None:
+    _, selection, folder = saved
+    lines = table(describe_file(folder)).splitlines()
+    assert lines[0].split() == ["unit", "w", "%", "C", "weights", "biases", "tokens", "kept"]
+    assert lines[2].split()[:2] == [UNITS[1], f"{100 * selection.importance[UNITS[1]]:.2f}"]
+    assert lines[1].endswith("all") and lines[2].endswith("50 %")
+    text = "\n".join(lines)
+    assert "calibrated    yes" in text and "token layers  1, 2 at keep rate 0.5" in text
+    assert f"{selection.trainable:,} weights" in text
+    assert "predicted speed-up" in text
+
+
+def test_an_adapter_that_is_not_calibrated(tmp_path: Path) -> None:
+    get_peft_model(build_vit(), TRPTSConfig(train_bias=False)).save_pretrained(tmp_path)
+    description = describe_file(tmp_path)
+    assert [block["unit"] for block in description["blocks"]] == UNITS
+    assert not description["calibrated"] and description["trainable"]["biases"] == 0
+    assert "calibrated    no" in table(description)
+    with pytest.raises(ValueError, match="`adapter` must be calibrated"):
+        read_selection(tmp_path)
+
+
+def test_without_the_base_model_its_cost_is_unknown(saved: Any, tmp_path: Path) -> None:
+    model, selection, _ = saved
+    model.peft_config["default"].base_model_name_or_path = "no/such"
+    model.save_pretrained(tmp_path / "lost", save_embedding_layers=False)
+    description = describe_file(tmp_path / "lost")
+    assert description["cost"] is None and "'no/such' cannot be read" in description["cost_unknown"]
+    assert "cost          unknown: the base model 'no/such'" in table(description)
+    assert read_selection(tmp_path / "lost").shapes == {}
+    assert read_selection(tmp_path / "lost").connections == selection.connections
+
+
+def test_a_base_outside_the_table_of_families(saved: Any, tmp_path: Path) -> None:
+    _, _, folder = saved
+    AutoConfig.for_model("resnet", num_labels=3, embedding_size=8, hidden_sizes=[8], depths=[1]).save_pretrained(folder)
+    assert "outside the table of families" in describe_file(folder)["cost_unknown"]
+
+
+def truncated(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def other_method(folder: Path) -> None:
+    get_peft_model(build_vit(), LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
+
+
+def no_json(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{")
+
+
+def no_file(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (truncated, "`adapter` must be a whole safetensors file"),
+        (other_method, "`adapter` must be of TR-PTS, got one of 'LORA'"),
+        (no_json, "`adapter` must have a readable adapter_config.json"),
+        (no_file, "got .* without adapter_model.safetensors"),
+    ],
+)
+def test_what_is_no_adapter_is_refused(saved: Any, damage: Any, message: str) -> None:
+    folder = saved[2]
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        describe_file(find_adapter(str(folder)))
+
+
+@pytest.mark.parametrize("adapter", ["no/such", "not a name!", "a/b/c"])
+def test_a_place_that_is_none(adapter: str) -> None:
+    with pytest.raises(ValueError, match="`adapter` must be a folder or a repository on the Hub"):
+        find_adapter(adapter)
+
+
+def test_bytes_per_weight_follow_the_dtype(saved: Any) -> None:
+    """16-bit values take four bytes a weight with their columns."""
+    folder = saved[2]
+    file = folder / "adapter_model.safetensors"
+    tensors = {key: t.half() if key.endswith("trpts_values") else t for key, t in load_file(file).items()}
+    save_file(tensors, file)
+    assert describe_file(folder)["bytes"]["per_weight"] == 4.0
+    assert read_config(folder).keep_rate == 0.5

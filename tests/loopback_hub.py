@@ -24,6 +24,7 @@ Files = dict[str, bytes]
 _REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
 _REVISION = r"(?P<revision>[^/]+)"
 _ROUTES = {
+    "whoami": r"GET /api/whoami-v2",
     "create": r"POST /api/repos/create",
     "validate": r"POST /api/validate-yaml",
     "preupload": rf"POST /api/models/{_REPO}/preupload/{_REVISION}",
@@ -31,9 +32,10 @@ _ROUTES = {
     "upload": r"PUT /lfs/(?P<oid>[0-9a-f]{64})/(?P<size>\d+)",
     "commit": rf"POST /api/models/{_REPO}/commit/{_REVISION}",
     "info": rf"GET /api/models/{_REPO}(/revision/{_REVISION})?",
+    "tree": rf"GET /api/models/{_REPO}/tree/{_REVISION}",
     "resolve": rf"(HEAD|GET) /{_REPO}/resolve/{_REVISION}/(?P<path>.+)",
 }
-_NEEDS_TOKEN = {"create", "preupload", "batch", "commit"}
+_NEEDS_TOKEN = {"whoami", "create", "preupload", "batch", "commit"}
 
 
 class Refusal(Exception):
@@ -153,7 +155,7 @@ class LoopbackHub:
         except (KeyError, TypeError, ValueError) as error:
             return Answer({"error": f"malformed {name} request: {error!r}"}, 422)
 
-    def _tree(self, repo: str, revision: str | None) -> tuple[str, Files]:
+    def _commit_of(self, repo: str, revision: str | None) -> tuple[str, Files]:
         if repo not in self.repositories:
             raise Refusal(404, "Repository not found", "RepoNotFound")
         repository = self.repositories[repo]
@@ -161,6 +163,9 @@ class LoopbackHub:
         if name not in repository.commits:
             raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return name, repository.commits[name]
+
+    def _whoami(self, _body: bytes) -> Answer:
+        return Answer({"type": "user", "name": "someone", "auth": {"type": "access_token"}})
 
     def _create(self, body: bytes) -> Answer:
         asked = json.loads(body)
@@ -178,11 +183,11 @@ class LoopbackHub:
         return Answer({"errors": errors, "warnings": warnings}, 400 if errors else 200)
 
     def _preupload(self, body: bytes, repo: str, revision: str) -> Answer:
-        _, files = self._tree(repo, revision)
+        _, files = self._commit_of(repo, revision)
         return Answer({"files": [upload_mode(file["path"], files) for file in json.loads(body)["files"]]})
 
     def _batch(self, body: bytes, repo: str) -> Answer:
-        self._tree(repo, "main")
+        self._commit_of(repo, "main")
         asked = json.loads(body)
         if asked["operation"] != "upload" or asked["hash_algo"] != "sha256" or "basic" not in asked["transfers"]:
             raise Refusal(422, "only basic uploads by sha256 are served here")
@@ -200,7 +205,7 @@ class LoopbackHub:
         return Answer(b"")
 
     def _commit(self, body: bytes, repo: str, revision: str) -> Answer:
-        self._tree(repo, revision)
+        self._commit_of(repo, revision)
         if revision != "main":
             raise Refusal(422, "commits are added to main only")
         changes = [json.loads(line) for line in body.splitlines()]
@@ -218,11 +223,15 @@ class LoopbackHub:
         return value["path"], self.objects[value["oid"]]
 
     def _info(self, _body: bytes, repo: str, revision: str | None) -> Answer:
-        name, files = self._tree(repo, revision)
+        name, files = self._commit_of(repo, revision)
         return Answer({"id": repo, "sha": name, "siblings": [{"rfilename": path} for path in files]})
 
+    def _tree(self, _body: bytes, repo: str, revision: str) -> Answer:
+        _, files = self._commit_of(repo, revision)
+        return Answer([described(path, content) for path, content in files.items()])
+
     def _resolve(self, _body: bytes, repo: str, revision: str, path: str) -> Answer:
-        name, files = self._tree(repo, revision)
+        name, files = self._commit_of(repo, revision)
         if path not in files:
             raise Refusal(404, "Entry not found", "EntryNotFound")
         return Answer(files[path], headers={"ETag": f'"{file_hash(path, files[path])}"', "X-Repo-Commit": name})
@@ -241,6 +250,12 @@ def file_hash(path: str, content: bytes) -> str:
     if is_lfs(path):
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0%b" % (len(content), content)).hexdigest()
+
+
+def described(path: str, content: bytes) -> dict[str, Any]:
+    """A file as a listing of the repository has it."""
+    entry = {"type": "file", "path": path, "size": len(content), "oid": file_hash(path, content)}
+    return {**entry, "lfs": {"oid": entry["oid"], "size": len(content), "pointerSize": 0}} if is_lfs(path) else entry
 
 
 def upload_mode(path: str, files: Files) -> dict[str, Any]:

@@ -18,13 +18,19 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from transformers import ViTForImageClassification
+from typer.testing import CliRunner
 
-from conftest import LabelledImages, build_images, build_vit
+from conftest import LabelledImages, build_images
 from loopback_hub import LoopbackHub
+from pictures import write_base, write_folder
 from trpts_peft import TRPTSConfig, calibrate
+from trpts_peft.cli import app
+from trpts_peft.deployment import load_adapted
+from trpts_peft.inspection import find_adapter
 from trpts_peft.layer import TRPTSLinear
 
 BASE, PUSHED, UPLOADED = "someone/vit", "someone/vit-flowers-trpts", "someone/vit-flowers-trpts-folder"
+FINETUNED = "someone/by-command"
 DAMAGED, MISSING = "someone/damaged", "someone/missing"
 COLUMNS = "base_model.model.vit.layers.1.mlp.fc1.trpts_columns"
 
@@ -55,6 +61,18 @@ def push(folder: Path) -> None:
     api.create_repo(UPLOADED)
     api.upload_folder(repo_id=UPLOADED, folder_path=folder / "adapter")
     torch.save(predict(model), folder / "pushed.pt")
+    by_command(folder)
+
+
+def by_command(folder: Path) -> None:
+    """What one command fine-tunes and uploads, from a base on the Hub and a folder of images."""
+    output = folder / "run"
+    options = {"model": BASE, "dataset": folder / "set", "output": output, "push-to-hub": FINETUNED}
+    options |= {"epochs": 1, "batch-size": 3, "token-layers": "1,", "keep-rate": 0.5}
+    result = CliRunner().invoke(app, ["finetune", *(f"--{name}={value}" for name, value in options.items())])
+    assert result.exit_code == 0, result.output
+    assert f"uploaded to {os.environ['HF_ENDPOINT']}/{FINETUNED}" in result.stdout
+    torch.save(predict(load_adapted(output / "adapter")[0]), folder / "finetuned.pt")
 
 
 def by_peft() -> nn.Module:
@@ -100,6 +118,9 @@ WAYS: dict[str, Callable[[], nn.Module]] = {
 def pull(folder: Path) -> None:
     """Load what `push` has left on the Hub in each way, and what must not load."""
     results = {name: predict(way()) for name, way in WAYS.items()}
+    results["command"] = predict(load_adapted(find_adapter(FINETUNED))[0])
+    inspected = CliRunner().invoke(app, ["inspect", FINETUNED, "--json"])
+    results["inspected"] = json.loads(inspected.stdout)
     torch.save({**results, **{repo: refuse(repo) for repo in (DAMAGED, MISSING)}}, folder / "pulled.pt")
 
 
@@ -134,7 +155,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hub(folder: Path) -> Iterator[LoopbackHub]:
     """The Hub after `push`."""
     with LoopbackHub() as hub:
-        build_vit(num_labels=5).save_pretrained(folder / "base")
+        write_base(folder / "base")
+        write_folder(folder / "set", splits={"train": 3, "test": 2})
+        (folder / "base" / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
         hub.add(BASE, {file.name: file.read_bytes() for file in (folder / "base").iterdir()})
         run(hub, "push", folder)
         yield hub
@@ -154,7 +177,7 @@ def pulled(hub: LoopbackHub, folder: Path) -> dict[str, Any]:
 
 
 def test_pushing_creates_uploads_and_commits(hub: LoopbackHub) -> None:
-    (oid,) = hub.objects  # the folder holds the same file, which is not sent twice
+    oid = next(iter(hub.objects))
     size = len(hub.objects[oid])
     writes = [f"{method} {path}" for method, path in hub.requests if method not in ("GET", "HEAD")]
     assert writes[:6] == [
@@ -165,7 +188,20 @@ def test_pushing_creates_uploads_and_commits(hub: LoopbackHub) -> None:
         f"PUT /lfs/{oid}/{size}",
         f"POST /api/models/{PUSHED}/commit/main",
     ]
-    assert not [write for write in writes[6:] if write.startswith("PUT")]
+    # The uploaded folder holds the same file, which is not sent twice; the command sends another.
+    assert len([write for write in writes if write.startswith("PUT")]) == len(hub.objects) == 2
+
+
+def test_the_command_uploads_what_it_wrote(hub: LoopbackHub, folder: Path) -> None:
+    files = hub.repositories[FINETUNED].files
+    assert files == {path.name: path.read_bytes() for path in (folder / "run" / "adapter").iterdir()}
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.base_model, card.data.license, card.data.library_name) == (BASE, "apache-2.0", "peft")
+
+
+def test_the_commands_adapter_comes_back(pulled: dict[str, Any], folder: Path) -> None:
+    assert torch.equal(pulled["command"], torch.load(folder / "finetuned.pt"))
+    assert (pulled["inspected"]["base_model"], pulled["inspected"]["token_layers"]) == (BASE, [1])
 
 
 @pytest.mark.parametrize("repo", [PUSHED, UPLOADED])
@@ -183,7 +219,7 @@ def test_another_process_predicts_the_same(pulled: dict[str, Any], folder: Path,
 
 def test_the_adapter_is_downloaded_once(pulled: dict[str, Any], hub: LoopbackHub) -> None:
     gets = [path for method, path in hub.requests if method == "GET" and path.endswith("/adapter_model.safetensors")]
-    assert sorted(path.split("/resolve/")[0] for path in gets) == [f"/{repo}" for repo in (DAMAGED, PUSHED)]
+    assert sorted(path.split("/resolve/")[0] for path in gets) == [f"/{repo}" for repo in (FINETUNED, DAMAGED, PUSHED)]
 
 
 @pytest.mark.parametrize("repo", [PUSHED, UPLOADED])

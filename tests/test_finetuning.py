@@ -16,7 +16,8 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
-from transformers import AutoConfig, ViTForImageClassification
+from safetensors.torch import load_file
+from transformers import AutoConfig, Trainer, ViTForImageClassification
 
 from pictures import write_base, write_folder
 from trpts_peft.deployment import load_adapted
@@ -274,3 +275,29 @@ def test_a_run_broken_off_ends_as_if_it_were_whole(done: Any, tmp_path: Path, ho
     ours, whole = (folder / "adapter" / "adapter_model.safetensors" for folder in (broken.output, settings.output))
     assert ours.read_bytes() == whole.read_bytes()
     assert read_config(broken.output / "adapter") == read_config(settings.output / "adapter")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_resumes_to_the_bit(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Any
+) -> None:
+    options = {**given, "method": method, "learning_rate": 1e-2, "epochs": 3}
+    whole = prepare(FinetuneSettings(output=tmp_path / "whole", **options)).train()
+    save = Trainer._save_checkpoint
+
+    def save_and_stop(self: Trainer, *arguments: Any) -> None:
+        save(self, *arguments)
+        raise KeyboardInterrupt
+
+    settings = FinetuneSettings(output=tmp_path / "run", **options)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_save_checkpoint", save_and_stop)
+        prepare(settings).train()
+    resumed = prepare(replace(settings, resume=True)).train()
+    assert (resumed["seconds"]["resumed_from_step"], resumed["loss"]) == (3, whole["loss"])
+    (ours,), (theirs,) = (
+        [f for f in (tmp_path / n).glob("*/*model.safetensors") if f.parent.name != "calibrated"]
+        for n in ("run", "whole")
+    )
+    assert load_file(ours).keys() == load_file(theirs).keys()
+    assert all(torch.equal(tensor, load_file(theirs)[key]) for key, tensor in load_file(ours).items())

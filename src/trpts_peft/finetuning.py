@@ -142,7 +142,7 @@ class FinetuneRun:
         """
         trainer = self._trainer()
         checkpoint = last_checkpoint(self._checkpoints)
-        with _timed(self.seconds, "training"):
+        with _timed(self.seconds, "training"), _saved_under_own_names(self.model):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         with _timed(self.seconds, "testing"):
             metrics = trainer.evaluate()
@@ -367,6 +367,24 @@ def _accuracy(evaluated: EvalPrediction) -> dict[str, float]:
     metric = ClassificationAccuracy(keep_in_memory=True)
     result = metric.compute(predictions=evaluated.predictions, references=evaluated.label_ids)
     return dict(result or {})
+
+
+@contextmanager
+def _saved_under_own_names(model: nn.Module) -> Iterator[None]:
+    """Within, checkpoints hold a whole model under the names that its parameters have.
+
+    transformers 5 saves a ViT under the names of older releases, and Trainer looks for today's when it resumes: it
+    would find none, say so in a warning, and train on from the start.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None or isinstance(model, PeftModel):
+        yield
+        return
+    cast(Any, model)._weight_conversions = []
+    try:
+        yield
+    finally:
+        cast(Any, model)._weight_conversions = conversions
 
 
 @contextmanager

@@ -11,13 +11,12 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
 from peft import PeftModel
 from torch import nn
 
 from .checkpoint import adapted_linears
 from .config import TRPTSConfig
-from .data import Batches, check_loading, check_whole, processes
+from .data import Batches, check_whole, of_first_process, processes
 from .fisher import FisherCollector, FisherScores, LossFn
 from .head import Head, find_head, num_labels
 from .layer import TRPTSLinear
@@ -164,7 +163,6 @@ def _find_adapter(model: nn.Module, adapter_name: str | None) -> tuple[nn.Module
 
 
 def _check_calibratable(base: nn.Module, config: TRPTSConfig, adapter_name: str, overwrite: bool) -> None:
-    check_loading()
     check_whole(base)
     layers = [m for m in base.modules() if isinstance(m, TRPTSLinear) and adapter_name in m.trpts_values]
     if any(layer.merged for layer in layers):
@@ -209,7 +207,7 @@ def _probe(base: nn.Module, batches: Batches, head: Head, progress: bool) -> Lin
     probe = fit_linear_probe(features, labels, num_labels(head), fit_bias=head.linear.bias is not None)
     if batches.world > 1:
         for tensor in (probe.weight, probe.bias):
-            tensor.copy_(broadcast(tensor.to(batches.device)))
+            tensor.copy_(of_first_process(tensor))
     logger.info(
         "Linear probe: strength %g, accuracy %.1f %% on its data, %.1f %% held out, held-out loss %.3f.",
         probe.strength,

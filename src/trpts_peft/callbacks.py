@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .cost import geometry_of, tokens_per_block
@@ -74,7 +75,8 @@ def _norms(model: nn.Module) -> dict[str, float]:
     device = next(model.parameters()).device  # a model may be spread over several
     parts: dict[str, list[Tensor]] = {}
     for layer, update in _updates(model):
-        norm = torch.linalg.vector_norm(update.float()).to(device)
+        norm = torch.linalg.vector_norm(update.float())
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(device)
         parts.setdefault(f"trpts_norm/{blocks.get(id(layer), 'other')}", []).append(norm)
     norms = [torch.linalg.vector_norm(torch.stack(part)) for part in parts.values()]
     return dict(zip(parts, torch.stack(norms).tolist(), strict=True))

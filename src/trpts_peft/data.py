@@ -9,12 +9,22 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast, parse_flag_from_env, reduce
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from tqdm.auto import tqdm
 from transformers import default_data_collator
 
-__all__ = ["Batches", "processes"]
+__all__ = [
+    "Batches",
+    "check_loading",
+    "check_whole",
+    "of_first_process",
+    "process_state",
+    "processes",
+    "sum_of_processes",
+]
 
 Batch = dict[str, Tensor]
 
@@ -24,9 +34,47 @@ def processes(accelerator: Accelerator | None) -> tuple[int, int]:
     if accelerator is not None:
         return accelerator.process_index, accelerator.num_processes
     if torch.distributed.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        state = PartialState()
+        state = process_state()
         return state.process_index, state.num_processes
     return 0, 1
+
+
+def process_state() -> PartialState:
+    """This process among those of the present launch."""
+    # Not told of CPUs it would take each process for the only one, and so would any Accelerator made later.
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+
+
+def sum_of_processes(tensor: Tensor) -> Tensor:
+    """The sum over all processes, on the device of this one: NCCL takes nothing from a model still on the CPU."""
+    total: Tensor = reduce(tensor.to(PartialState().device), "sum")
+    return total
+
+
+def of_first_process(tensor: Tensor) -> Tensor:
+    """What the first process holds, on the device of this one."""
+    first: Tensor = broadcast(tensor.to(PartialState().device))
+    return first
+
+
+def check_loading() -> None:
+    """Refuse FSDP's way of loading in which only the first process holds weights and FSDP2 cannot shard buffers."""
+    if parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        raise ValueError(
+            "`fsdp_cpu_ram_efficient_loading` must be false for TR-PTS, got true: every process needs the base weights "
+            "to calibrate, and columns are buffers, which FSDP2 does not load this way. Set it in the file that "
+            "`accelerate launch --config_file` reads, or in `fsdp_config`."
+        )
+
+
+def check_whole(model: nn.Module) -> None:
+    """Refuse a model of whose parameters this process holds a part only, or perhaps none."""
+    check_loading()
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ValueError(
+            "`model` must be whole in every process, got one whose parameters are sharded: calibrate, measure or merge "
+            "before `Accelerator.prepare` and `Trainer.train`, or after loading the saved adapter anew."
+        )
 
 
 class Batches:

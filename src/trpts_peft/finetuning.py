@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import torch
 from accelerate import PartialState
 from peft import PeftModel
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from transformers import (
 from .calibration import calibrate
 from .callbacks import TRPTSCallback
 from .config import TRPTSConfig
+from .data import process_state
 from .image_data import ImageData, load_image_data, with_pixel_values
 from .methods import METHODS
 from .metrics import ClassificationAccuracy
@@ -159,7 +159,7 @@ class FinetuneRun:
         return self.settings.output / "checkpoints"
 
     def _trainer(self) -> Trainer:
-        settings, accelerated = self.settings, torch.accelerator.is_available()
+        settings, accelerated = self.settings, self.state.device.type != "cpu"
         per_process = settings.batch_size // self.state.num_processes
         arguments = TrainingArguments(
             output_dir=str(self._checkpoints),
@@ -221,8 +221,7 @@ def prepare(settings: FinetuneSettings) -> FinetuneRun:
         ValueError: an id is unknown, the data or the model do not fit, or the output folder holds something else.
             Nothing is written then.
     """
-    # Not told of CPUs, it would take each of several processes for the only one.
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = process_state()
     _check_output(settings)
     if settings.batch_size % state.num_processes:
         raise ValueError(

@@ -9,6 +9,7 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from . import functional
 from .sparse_linear import added_linear, compose_weight, index_columns, sparse_linear
@@ -172,7 +173,8 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
 
         The places are those of multiples of the golden ratio, which fall into step with neither rows nor columns.
         """
-        entries = self.unmerged_weight().reshape(-1)
+        weight = self.unmerged_weight()
+        entries = (weight.full_tensor() if isinstance(weight, DTensor) else weight).reshape(-1)
         turns = torch.arange(min(_FINGERPRINT_SIZE, entries.numel()), device=entries.device) * _GOLDEN % 2**32
         return entries[turns * entries.numel() // 2**32].float()
 

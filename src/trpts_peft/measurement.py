@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, reduce
+from accelerate.utils import gather_object
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 
 from .config import TRPTSConfig
-from .data import Batches, processes
+from .data import Batches, check_whole, processes, sum_of_processes
 from .families import find_family
 from .fisher import FisherCollector, FisherScores, LossFn, per_sample_cross_entropy
 from .head import Head
@@ -124,7 +124,7 @@ def measure(
             if loss.shape != targets.shape[:1]:
                 raise ValueError(f"`loss_fn` must return one loss per sample, got shape {tuple(loss.shape)}.")
             collector.add(loss)
-    scores = collector.result((lambda total: reduce(total, "sum")) if batches.world > 1 else (lambda total: total))
+    scores = collector.result(sum_of_processes if batches.world > 1 else (lambda total: total))
     _check_measured(scores)
     return scores
 
@@ -178,11 +178,12 @@ def estimate_fisher(
 
     Raises:
         ValueError: no samples, an input or `labels` missing, labels outside the head, scores all zero or not finite, no
-            targeted linear.
+            targeted linear, or the model is sharded.
         TypeError: `data` is neither a Dataset nor a DataLoader.
     """
     check_words(score=(score, SCORES), labels=(labels, LABELS))
     check_workspace(workspace_mb)
+    check_whole(model)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     rank, world = processes(accelerator)
     linears = _linears_to_score(base, target_modules)

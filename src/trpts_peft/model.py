@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .checkpoint import adapted_linears, check_adapter, check_state_dict, pack_columns, unpack_columns
 from .config import TRPTSConfig
+from .data import check_loading, check_whole
 from .families import FAMILIES
 from .layer import TRPTSLinear
 from .tuner_layer import PREFIX, TRPTSLayer
@@ -63,6 +64,7 @@ class TRPTSModel(BaseTuner):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Refuse a config that does not fit the model before anything is changed."""
+        check_loading()
         layers = peft_config.fixed_token_layers
         if layers:
             argument = "token_layers" if peft_config.selected_token_layers is None else "selected_token_layers"
@@ -164,6 +166,7 @@ class TRPTSModel(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write the updates of the active (or the named) adapters into the base weights; `unmerge_adapter` is exact."""
         layers = _tuner_layers(self.model)
+        _check_whole(layers)
         self._check_alike(_merged_with(layers, adapter_names or self.active_adapters), layers)
         _check_entries(layers if safe_merge else [], adapter_names or self.active_adapters)
         self._check_merge_allowed()  # type: ignore[no-untyped-call]
@@ -214,6 +217,7 @@ class TRPTSModel(BaseTuner):
                 leaves the rates in `config.trpts_keep_rates`, for `apply_token_selection` after `from_pretrained`.
         """
         layers = _tuner_layers(self.model)
+        _check_whole(layers)
         names = _merged_with(layers, adapter_names or self.active_adapters)
         self._check_alike(names, layers)
         _check_entries(layers if safe_merge else [], adapter_names or self.active_adapters)
@@ -267,6 +271,11 @@ class TRPTSModel(BaseTuner):
                 tensors[key] = pack_columns(tensors[key], layer.in_features)
                 key = f"{name}.trpts_fingerprint.{adapter_name}"
                 tensors[key] = tensors[key].float()
+            elif state_dict:  # PEFT would save the adapter without it; processes that do not save pass an empty one
+                raise ValueError(
+                    f"`state_dict` must hold {key}, got none of that name: a wrapper has renamed the module, as FSDP's "
+                    "activation checkpointing does; use `gradient_checkpointing=True` of `TrainingArguments` instead."
+                )
         return tensors
 
     @classmethod
@@ -295,6 +304,11 @@ def _tuner_layers(module: nn.Module) -> list[Any]:
     for child in module.children():
         found += [child] if isinstance(child, BaseTunerLayer) else _tuner_layers(child)
     return found
+
+
+def _check_whole(layers: list[Any]) -> None:
+    """Refuse sharded layers. The first linear tells: whatever shards a model takes all of its parameters."""
+    check_whole(next(layer for layer in layers if isinstance(layer, TRPTSLinear)))
 
 
 def _merged_with(layers: list[Any], adapter_names: list[str]) -> list[str]:

@@ -99,12 +99,26 @@ def test_the_end_says_what_was_reached(home: Path) -> None:
         (("--keep-rate", "2"), "`keep_rate` must be in (0, 1], got 2.0."),
         (("--label-column", "kind"), "`label_column` must be one of ['image', 'label'], got 'kind'."),
         (("--budget", "0.9"), "`budget` must be from"),
+        (("--output", "picture.png/new"), "`output` must be a folder that can be written to"),
+        (("--report-to", "nonsense"), "`report_to` must name reporters that are installed, got 'nonsense'"),
         (("--output", "set"), "`output` must be empty or not there, got 'set' with files in it"),
     ],
 )
 def test_what_does_not_fit_is_one_line_and_exit_code_2(home: Path, arguments: tuple[str, ...], message: str) -> None:
     assert message in refused(finetune(home, "--output", "new", *arguments))
     assert not (home / "new").exists()
+
+
+def test_an_upload_of_a_finished_run_that_fails_is_one_line(home: Path) -> None:
+    options = ["--output", "one", "--epochs", "1", "--batch-size", "3", "--token-layers", "1,", "--keep-rate", "0.5"]
+    for name in ("a/b/c", "someone/offline"):
+        assert "`push_to_hub` must be" in refused(finetune(home, *options, "--resume", "--push-to-hub", name))
+
+
+def test_a_training_that_diverges_is_one_line(home: Path, tmp_path: Path) -> None:
+    options = ["--epochs", "1", "--batch-size", "3", "--learning-rate", "1e30"]
+    line = refused(finetune(home, "--output", str(tmp_path / "diverged"), *options))
+    assert line.startswith("trpts: `learning_rate` must let the training converge")
 
 
 @pytest.mark.parametrize("arguments", [("finetune",), ("finetune", "--method", "magic"), ("inspect",), ("nothing",)])

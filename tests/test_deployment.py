@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import ViTForImageClassification
 from conftest import LabelledImages, build_images
 from pictures import picture, write_base
 from trpts_peft import TRPTSConfig, apply_token_selection, calibrate
-from trpts_peft.deployment import check_empty, draw_adapters, labels_of, load_adapted, merge_into_checkpoint
+from trpts_peft.deployment import draw_adapters, labels_of, load_adapted, merge_into_checkpoint
 from trpts_peft.vit import keep_rates_in_force
 
 NAMES = {0: "red", 1: "green", 2: "blue"}
@@ -97,18 +98,22 @@ def test_a_base_that_is_gone(tmp_path: Path) -> None:
         load_adapted(tmp_path / "adapter")
 
 
-def test_a_folder_must_be_empty(tmp_path: Path) -> None:
-    check_empty(tmp_path)
-    check_empty(tmp_path / "new")
-    (tmp_path / "file").write_text("x")
-    for path in (tmp_path, tmp_path / "file"):
-        with pytest.raises(ValueError, match="`output` must be an empty folder or not there"):
-            check_empty(path)
-
-
 def test_labels_are_short_and_distinct() -> None:
     assert labels_of(["runs/a/adapter", "b", "user/c"]) == ["a", "b", "c"]
     assert labels_of(["x/a", "y/a"]) == ["x/a", "y/a"]
+    with pytest.raises(ValueError, match="`adapters` must be different ones"):
+        labels_of(["x/a", "x/a"])
+
+
+def test_a_config_beside_it_names_classes_and_nothing_else(tmp_path: Path) -> None:
+    """An adapter from outside does not say how its base computes."""
+    model = adapter(tmp_path, **SELECTING)
+    config = json.loads((tmp_path / "adapter" / "config.json").read_text())
+    changed = {"hidden_act": "relu", "auto_map": {"AutoConfig": "evil.Config"}, "model_type": "evil"}
+    (tmp_path / "adapter" / "config.json").write_text(json.dumps({**config, **changed}))
+    loaded, _ = load_adapted(tmp_path / "adapter")
+    assert torch.equal(predict(loaded), predict(model))
+    assert loaded.config.id2label == NAMES
 
 
 def test_figures(tmp_path: Path) -> None:

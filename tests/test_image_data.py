@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from transformers import AutoImageProcessor
@@ -105,6 +107,32 @@ def test_pixel_values_are_those_of_the_processor(tmp_path: Path) -> None:
     assert batch["labels"].tolist() == [2, 0, 1]
 
 
+def test_pixel_values_reach_worker_processes_that_unpickle_them(tmp_path: Path) -> None:
+    processor = AutoImageProcessor.from_pretrained(write_base(tmp_path / "base"))
+    rows = with_pixel_values(load(write_folder(tmp_path / "set", splits={"train": 2, "test": 1})).train, processor)
+    again = pickle.loads(pickle.dumps(rows))
+    assert torch.equal(again[0]["pixel_values"], rows[0]["pixel_values"])
+
+
+@pytest.mark.parametrize("kind", ["bool", "uint16", "large_string"])
+@pytest.mark.parametrize("named", [None, "label"])
+def test_labels_of_other_kinds(tmp_path: Path, kind: str, named: str | None) -> None:
+    labels = {"bool": [True, False], "uint16": [1, 7], "large_string": ["x", "y"]}[kind]
+    folder = write_parquet(tmp_path / "set", {s: rows_of(labels, datasets.Value(kind)) for s in ("train", "test")})
+    assert set(load(folder, label_column=named).names) == {str(label) for label in labels}
+
+
+def test_the_split_test_goes_before_validation(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "set", splits={"train": 2, "validation": 1, "test": 1})
+    assert load(folder).test_split == "test"
+
+
+def test_a_class_may_be_held_out_whole(tmp_path: Path) -> None:
+    labels = ["a", "b"] * 9 + ["c", "a"]
+    folder = write_parquet(tmp_path / "set", {"train": rows_of(labels, STRING)})
+    assert {load(folder, seed=seed).names for seed in range(4)} == {("a", "b", "c")}
+
+
 # ---- what is refused ----
 
 
@@ -112,6 +140,26 @@ def broken(folder: Path) -> Path:
     write_folder(folder, splits={"train": 3, "test": 1})
     file = folder / "train" / "green" / "1.png"
     file.write_bytes(file.read_bytes()[:200])
+    return folder
+
+
+def broken_test(folder: Path) -> Path:
+    write_folder(folder, splits={"train": 3, "test": 1})
+    file = folder / "test" / "green" / "0.png"
+    file.write_bytes(file.read_bytes()[:200])
+    return folder
+
+
+def deep(folder: Path) -> Path:
+    write_folder(folder, splits={"train": 3, "test": 1})
+    pixels = np.full((32, 32), 51150, dtype=np.uint16)
+    PIL.Image.fromarray(pixels).save(folder / "train" / "green" / "1.png")
+    return folder
+
+
+def script(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "set.py").write_text("raise SystemExit")
     return folder
 
 
@@ -166,6 +214,14 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "too few": (lambda f: write_folder(f, splits={"train": 2, "test": 1}), {"num_train": 7}, "at most 6, .*, got 7"),
     "a broken image": (broken, {}, "readable images, got a broken one in row 4 of 'train'"),
+    "a broken test image": (broken_test, {}, "readable images, got a broken one in row 1 of 'test'"),
+    "an image of 16 bits": (deep, {}, "images of 8 bits a channel, got mode 'I;16' in row 4 of 'train'"),
+    "a script": (script, {}, "`dataset` must be an id on the Hub, or a folder"),
+    "labels that are numbers of another kind": (
+        lambda f: parquet(f, *[rows_of([0.5, 1.5], datasets.Value("float32"))] * 2),
+        {},
+        "`label_column` must hold classes, whole numbers or strings, got .*float32.* in 'label'",
+    ),
     "a missing image": (
         lambda f: parquet(f, *[datasets.Dataset.from_dict(
             {"image": [picture(0, 0), None, picture(1, 1)], "label": [0, 1, 1]},

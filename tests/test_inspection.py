@@ -113,7 +113,9 @@ def test_without_the_base_model_its_cost_is_unknown(saved: Any, tmp_path: Path) 
 
 def test_a_base_outside_the_table_of_families(saved: Any, tmp_path: Path) -> None:
     _, _, folder = saved
-    AutoConfig.for_model("resnet", num_labels=3, embedding_size=8, hidden_sizes=[8], depths=[1]).save_pretrained(folder)
+    resnet = AutoConfig.for_model("resnet", num_labels=3, embedding_size=8, hidden_sizes=[8], depths=[1])
+    resnet.save_pretrained(folder.parent / "base")
+    assert read_selection(folder).shapes == {}
     assert "outside the table of families" in describe_file(folder)["cost_unknown"]
 
 
@@ -148,6 +150,35 @@ def test_what_is_no_adapter_is_refused(saved: Any, damage: Any, message: str) ->
     damage(folder)
     with pytest.raises(ValueError, match=message):
         describe_file(find_adapter(str(folder)))
+
+
+COLUMNS = "base_model.model.vit.layers.1.mlp.fc1.trpts_columns"
+VALUES = COLUMNS.replace("columns", "values")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({COLUMNS: lambda t: t[0]}, r"columns and values \(out_features, C\)"),
+        ({VALUES: lambda t: t[0]}, r"columns and values \(out_features, C\)"),
+        ({COLUMNS: lambda t: t.float()}, r"columns and values \(out_features, C\)"),
+        ({COLUMNS: lambda t: t.int() - 99}, r"columns and values \(out_features, C\)"),
+        ({VALUES: lambda t: t * float("nan")}, "finite values of vit.layers.1.mlp.fc1"),
+        ({COLUMNS: None, VALUES: None}, "the linears that its config names"),
+        ({VALUES: None}, r"columns and values \(out_features, C\)"),
+    ],
+)
+def test_tensors_that_are_no_adapters_are_refused(saved: Any, changes: Any, message: str) -> None:
+    file = saved[2] / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for name, change in changes.items():
+        tensor = tensors.pop(name)
+        if change is not None:
+            tensors[name] = change(tensor).contiguous()
+    save_file(tensors, file)
+    for read in (describe_file, read_selection):
+        with pytest.raises(ValueError, match=f"`adapter` must hold .*{message}"):
+            read(saved[2])
 
 
 @pytest.mark.parametrize("adapter", ["no/such", "not a name!", "a/b/c"])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from peft import LoraConfig, PeftModel
 from torch import nn
+from transformers import AutoConfig, AutoModelForImageClassification
 
 from conftest import build_vit
 from trpts_peft import TRPTSConfig
@@ -54,3 +55,38 @@ def test_adapters_train_the_same_linears(method: str, config: type[Any]) -> None
 def test_options_reach_the_config() -> None:
     model, _ = trains("trpts", {"keep_rate": 0.5, "token_layers": [2]})
     assert (model.peft_config["default"].keep_rate, model.peft_config["default"].token_layers) == (0.5, [2])
+
+
+def test_lora_is_the_usual_one() -> None:
+    model, _ = trains("lora")
+    assert model.peft_config["default"].r == 8
+    assert set(model.peft_config["default"].target_modules) == LINEARS
+
+
+def resnet() -> nn.Module:
+    config = AutoConfig.for_model("resnet", num_labels=3, embedding_size=8, hidden_sizes=[8], depths=[1])
+    return AutoModelForImageClassification.from_config(config)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_without_a_linear_head_is_refused(method: str) -> None:
+    with pytest.raises(ValueError, match=r"`(model|method)` must .* ResNetForImageClassification"):
+        METHODS[method].apply(resnet(), {})
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_other_families_train_by_other_methods(method: str) -> None:
+    """A Swin: TR-PTS does not know it; LoRA takes all its linears but the head."""
+    options = {
+        "image_size": 32,
+        "patch_size": 4,
+        "embed_dim": 8,
+        "depths": [1, 1],
+        "num_heads": [1, 2],
+        "window_size": 4,
+    }
+    swin = AutoModelForImageClassification.from_config(AutoConfig.for_model("swin", num_labels=3, **options))
+    with pytest.raises(ValueError, match="`method` must be another than 'trpts' for SwinForImageClassification"):
+        METHODS["trpts"].apply(swin, {})
+    model = METHODS[method].apply(swin, {})
+    assert sum(parameter.requires_grad for parameter in model.parameters()) > 10

@@ -14,8 +14,8 @@ import trpts_peft
 SOURCE = Path(trpts_peft.__file__).parent
 MODULES = sorted(SOURCE.glob("*.py"))
 FLOORS = (
-    {"card", "functional", "sparse_linear", "peft_type", "tuner_layer", "families", "image_data", "metrics"},
-    {"config", "layer", "vit", "fisher", "data", "probe", "head", "cost"},
+    {"card", "functional", "sparse_linear", "peft_type", "tuner_layer", "families", "folders", "image_data", "metrics"},
+    {"run_folder", "config", "layer", "vit", "fisher", "data", "probe", "head", "cost"},
     {"selection", "measurement", "record", "checkpoint", "weighted", "callbacks", "methods"},
     {"model", "plots", "inspection"},
     {"registration", "calibration", "deployment", "report"},

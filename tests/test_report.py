@@ -10,7 +10,7 @@ from peft import get_peft_model
 
 from conftest import LabelledImages, build_images, build_vit
 from trpts_peft import TRPTSConfig, calibrate, record_tokens
-from trpts_peft.report import license_of, measured_speedup, write_json
+from trpts_peft.report import license_of, measured_speedup
 
 
 def test_measuring_speed_leaves_the_model_as_it_was() -> None:
@@ -35,14 +35,6 @@ def test_it_compares_all_tokens_with_the_selected_ones(monkeypatch: pytest.Monke
         layer.register_forward_hook(lambda module, args, output: now.append(now[-1] + args[0].shape[1]))
     monkeypatch.setattr("trpts_peft.report.time.perf_counter", lambda: now[-1])
     assert measured_speedup(model, build_images(1)) == 4 * 65 / (65 + 3 * 18)
-
-
-def test_a_json_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
-    write_json(tmp_path / "a.json", {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "a.json", {"a": object()})
-    assert (tmp_path / "a.json").read_text() == '{\n  "a": 1\n}\n'
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
 @pytest.mark.parametrize(

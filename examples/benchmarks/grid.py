@@ -20,7 +20,7 @@ from benchmarks.baselines import BASELINES
 from benchmarks.cells import Cell, Recipe, pick_rate, run_cell
 from benchmarks.suites import SUITES, Splits, Task, tasks_of
 from tables import markdown_table
-from trpts_peft.report import write_json
+from trpts_peft.run_folder import write_json
 
 # Around each method's usual rate: a third of it, itself, three times it.
 _SPREAD = (1 / 3, 1.0, 3.0)

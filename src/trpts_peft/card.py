@@ -12,6 +12,8 @@ from typing import Any
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 
+from .families import block_index
+
 __all__ = ["describe_adapter", "update_card"]
 
 _BEGIN, _END = "<!-- TR-PTS: written whenever the adapter is saved -->", "<!-- TR-PTS: end -->"
@@ -102,7 +104,7 @@ def _table(config: Any, columns: Mapping[str, tuple[int, ...]]) -> list[str]:
     """One row a block, linears outside of any together in the last."""
     blocks: dict[int | None, list[tuple[int, ...]]] = defaultdict(list)
     for name, shape in columns.items():
-        blocks[_block_of(name)].append(shape)
+        blocks[block_index(name)].append(shape)
     names = ("block", "importance", "inputs per neuron", "trainable weights", "image tokens kept")
     lines = [f"| {' | '.join(names)} |", f"|{' ---: |' * len(names)}"]
     shares = _block_shares(config.unit_importance or {})
@@ -121,11 +123,5 @@ def _block_shares(importance: Mapping[str, float]) -> dict[int | None, float]:
     """The importance of units (eq. 3) added up by block."""
     shares: dict[int | None, float] = defaultdict(float)
     for unit, share in importance.items():
-        shares[_block_of(unit)] += share
+        shares[block_index(unit)] += share
     return shares
-
-
-def _block_of(name: str) -> int | None:
-    """The first number in the name of a linear or a unit; None outside any block."""
-    found = re.search(r"\.(\d+)(?:\.|$)", name)
-    return int(found[1]) if found else None

@@ -15,10 +15,11 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import transformers
 import typer
-from PIL import Image
+from PIL import Image, ImageOps
 
-from .deployment import check_empty, draw_adapters, labels_of, merge_into_checkpoint
+from .deployment import draw_adapters, labels_of, merge_into_checkpoint
 from .finetuning import FinetuneSettings, finished, prepare
+from .folders import check_empty
 from .inspection import describe_file, find_adapter, table
 from .report import result_folder, summary, upload
 
@@ -47,7 +48,7 @@ def _one_line() -> Iterator[None]:
     """What was refused is one line and exit code 2, with nothing written."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         _say(f"trpts: {' '.join(str(error).split())}")
         raise typer.Exit(_REFUSED) from error
 
@@ -91,13 +92,17 @@ def _finetune(**options: Any) -> None:
             with _one_line():
                 run = prepare(settings)
             results = run.train()
+    except FloatingPointError as error:
+        _say(f"trpts: {error}")
+        raise typer.Exit(_REFUSED) from error
     except KeyboardInterrupt:
         _say("trpts: interrupted. The same command with --resume goes on from the last checkpoint.")
         raise typer.Exit(_INTERRUPTED) from None
     if _RANK == 0:
         typer.echo(summary(results, settings.output))
         if settings.push_to_hub is not None:
-            typer.echo(f"uploaded to {upload(result_folder(settings.output), settings.push_to_hub)}")
+            with _one_line():
+                typer.echo(f"uploaded to {upload(result_folder(settings.output), settings.push_to_hub)}")
 
 
 @app.command("inspect")
@@ -140,7 +145,7 @@ def _plot(
         check_empty(output)
         folders = dict(zip(labels_of(adapters), map(find_adapter, adapters), strict=True))
         figures = draw_adapters(folders, [_opened(path) for path in image or ()])
-    output.mkdir(parents=True, exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(output / name, dpi=150)
         typer.echo(f"wrote {output / name}")
@@ -148,8 +153,8 @@ def _plot(
 
 def _opened(path: Path) -> Image.Image:
     try:
-        return Image.open(path).convert("RGB")
-    except OSError as error:
+        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"`image` must be a readable image, got {str(path)!r}: {error}") from error
 
 

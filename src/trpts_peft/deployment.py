@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from peft import PeftModel
-from safetensors import safe_open
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from safetensors import SafetensorError
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from .inspection import FILE, read_config, read_selection
+from .folders import check_empty, first_line
+from .inspection import base_config, read_config, read_selection, read_tensors
 from .plots import plot_layer_importance, plot_overlap, plot_tokens
 
-__all__ = ["check_empty", "draw_adapters", "labels_of", "load_adapted", "merge_into_checkpoint"]
+__all__ = ["draw_adapters", "labels_of", "load_adapted", "merge_into_checkpoint"]
 
 
 def load_adapted(folder: Path) -> tuple[PeftModel, Any]:
@@ -23,28 +24,23 @@ def load_adapted(folder: Path) -> tuple[PeftModel, Any]:
         ValueError: the base model cannot be had, or the adapter does not fit it.
     """
     config = read_config(folder)
+    heads = [t for key, t in read_tensors(folder, config).items() if key.endswith("classifier.weight")]
     source = str(config.base_model_name_or_path)
     try:
-        own = AutoConfig.from_pretrained(folder if (folder / "config.json").is_file() else source)
-        labels = {} if (folder / "config.json").is_file() else _labels_in(folder)
-        for name, value in labels.items():
-            setattr(own, name, value)
-        base = AutoModelForImageClassification.from_pretrained(source, config=own, ignore_mismatched_sizes=True)
-        processor = AutoImageProcessor.from_pretrained(
-            folder if (folder / "preprocessor_config.json").is_file() else source
+        own = base_config(folder, config)
+        if heads and own.num_labels != len(heads[0]):
+            own.num_labels = len(heads[0])
+        base = AutoModelForImageClassification.from_pretrained(
+            source, config=own, ignore_mismatched_sizes=True, trust_remote_code=False
         )
-    except (OSError, ValueError, TypeError) as error:
+        processor = AutoImageProcessor.from_pretrained(
+            folder if (folder / "preprocessor_config.json").is_file() else source, trust_remote_code=False
+        )
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise ValueError(
-            f"`adapter` must name a base model that can be loaded, got {source!r}: {str(error).splitlines()[0]}"
+            f"`adapter` must name a base model that can be loaded, got {source!r}: {first_line(error)}"
         ) from error
     return PeftModel.from_pretrained(base, str(folder)).eval(), processor
-
-
-def _labels_in(folder: Path) -> dict[str, int]:
-    """The number of classes of the head that the file holds, where it holds one."""
-    with safe_open(folder / FILE, framework="pt") as file:
-        heads = [key for key in file.keys() if key.endswith("classifier.weight")]  # noqa: SIM118
-        return {"num_labels": file.get_slice(heads[0]).get_shape()[0]} if heads else {}
 
 
 def merge_into_checkpoint(folder: Path, output: Path, token_selection: Literal["keep", "drop"] | None = None) -> None:
@@ -75,17 +71,13 @@ def merge_into_checkpoint(folder: Path, output: Path, token_selection: Literal["
     processor.save_pretrained(output)
 
 
-def check_empty(output: Path) -> None:
-    """Raise a ValueError where something lies in the folder, or it is none."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"`output` must be an empty folder or not there, got {str(output)!r}: name another.")
-
-
 # ---- figures ----
 
 
 def labels_of(adapters: Sequence[str]) -> list[str]:
     """A short name for each adapter: its folder's, the parent's where that is `adapter`, all of it where these meet."""
+    if len(set(adapters)) < len(adapters):
+        raise ValueError(f"`adapters` must be different ones, got {list(adapters)}.")
     paths = [Path(adapter) for adapter in adapters]
     names = [path.resolve().parent.name if path.name == "adapter" else path.name for path in paths]
     return names if len(set(names)) == len(names) else list(adapters)

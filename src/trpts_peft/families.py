@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from torch import nn
 from transformers.models.deit import modeling_deit
 from transformers.models.vit import modeling_vit
 
-__all__ = ["FAMILIES", "Family", "find_blocks", "find_family"]
+__all__ = ["FAMILIES", "Family", "block_index", "find_blocks", "find_family"]
 
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
 
@@ -56,6 +57,12 @@ FAMILIES = (
         refused=(modeling_deit.DeiTForMaskedImageModeling,),
     ),
 )
+
+
+def block_index(name: str) -> int | None:
+    """The first number in the name of a linear or a unit: the index of its block; None outside any block."""
+    found = re.search(r"\.(\d+)(?:\.|$)", name)
+    return int(found.group(1)) if found else None
 
 
 def find_family(model: nn.Module) -> Family | None:

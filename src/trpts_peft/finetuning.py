@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import shutil
 import time
@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import torch
 from accelerate import PartialState
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoImageProcessor,
@@ -23,23 +25,31 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from .calibration import calibrate
 from .callbacks import TRPTSCallback
 from .config import TRPTSConfig
 from .data import process_state
+from .folders import first_line
 from .image_data import ImageData, load_image_data, with_pixel_values
 from .methods import METHODS
 from .metrics import ClassificationAccuracy
-from .report import check_upload, start_card, write_json, write_report
+from .report import check_upload, result_folder, start_card, write_report
+from .run_folder import SETTINGS, check_data, check_output, last_checkpoint, read_json, step_of, write_json
 
-__all__ = ["FinetuneRun", "FinetuneSettings", "finished", "prepare"]
+__all__ = [
+    "FinetuneRun",
+    "FinetuneSettings",
+    "finished",
+    "load_classifier",
+    "load_processor",
+    "prepare",
+]
 
-_SETTINGS, _CALIBRATED = "settings.json", "calibrated"
+_CALIBRATED = "calibrated"
 _WARMUP = 0.1  # of all steps
 _TRPTS_OPTIONS = ("keep_rate", "budget", "token_layers")
-# Settings that a resumed run may change: they decide nothing of what is trained.
-_FREE = ("output", "resume", "push_to_hub", "report_to")
 
 
 def _option(default: Any, help: str) -> Any:
@@ -114,6 +124,12 @@ class FinetuneSettings:
         """As JSON holds it, with the learning rate in force."""
         return {**asdict(self), "output": str(self.output), "learning_rate": self.peak_learning_rate}
 
+    @property
+    def reporters(self) -> list[str]:
+        """The names in `report_to`; none for `none`."""
+        names = [name.strip() for name in self.report_to.split(",")]
+        return [] if names == ["none"] else names
+
 
 @dataclass
 class FinetuneRun:
@@ -139,6 +155,9 @@ class FinetuneRun:
         """Train from the last whole checkpoint, or from the start; test once; write everything; return the results.
 
         An interrupted call leaves its checkpoints, from which a run with `resume` goes on.
+
+        Raises:
+            FloatingPointError: the training diverged. Its checkpoints are left.
         """
         trainer = self._trainer()
         checkpoint = last_checkpoint(self._checkpoints)
@@ -146,6 +165,7 @@ class FinetuneRun:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         with _timed(self.seconds, "testing"):
             metrics = trainer.evaluate()
+        _check_finite(self.model, metrics["eval_loss"], self.settings.peak_learning_rate)
         resumed = 0 if checkpoint is None else step_of(checkpoint)
         results: dict[str, Any] = {}
         if self.state.is_main_process:
@@ -175,7 +195,7 @@ class FinetuneRun:
             save_strategy="epoch",
             save_total_limit=2,  # the one before is still whole if a run ends while the last is written
             logging_strategy="epoch",
-            report_to=settings.report_to,
+            report_to=settings.reporters or "none",
             remove_unused_columns=False,  # the transform makes its columns from those of the data set
             label_names=["labels"],
             dataloader_num_workers=settings.num_workers,
@@ -191,7 +211,7 @@ class FinetuneRun:
             compute_metrics=_accuracy,
             preprocess_logits_for_metrics=_predictions,
         )
-        if settings.method == "trpts" and settings.report_to != "none":
+        if settings.method == "trpts" and settings.reporters:
             trainer.add_callback(TRPTSCallback(trainer))
         return trainer
 
@@ -222,14 +242,13 @@ def prepare(settings: FinetuneSettings) -> FinetuneRun:
             Nothing is written then.
     """
     state = process_state()
-    _check_output(settings)
+    _check_targets(settings)
     if settings.batch_size % state.num_processes:
         raise ValueError(
             f"`batch_size` must be a multiple of the number of processes, {state.num_processes}, "
             f"got {settings.batch_size}."
         )
-    if settings.push_to_hub is not None:
-        check_upload(settings.push_to_hub)
+    _check_reporters(settings)
     processor = load_processor(settings.model)  # before all images are looked at: an unknown id is found at once
     data = load_image_data(
         settings.dataset,
@@ -239,8 +258,10 @@ def prepare(settings: FinetuneSettings) -> FinetuneRun:
         seed=settings.seed,
         progress=state.is_main_process,
     )
+    check_data(settings.output, _about(data))
     set_seed(settings.seed)
     base = load_classifier(settings.model, data.names)
+    _check_fit(base, data, processor)
     run = FinetuneRun(settings, data, processor, base, state)
     run.model = _adapted(run, base)
     state.wait_for_everyone()  # before this process or another writes what the others check for
@@ -256,16 +277,17 @@ def finished(settings: FinetuneSettings) -> dict[str, Any] | None:
     Raises:
         ValueError: the output folder holds something else.
     """
-    _check_output(settings)
+    _check_targets(settings)
     path = settings.output / "results.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() and result_folder(settings.output).is_dir() else None
 
 
 def _adapted(run: FinetuneRun, base: nn.Module) -> nn.Module:
     """The model with what it trains: calibrated, or as the interrupted run had calibrated it."""
     settings, calibrated = run.settings, run.settings.output / _CALIBRATED
     if settings.method == "trpts" and calibrated.is_dir():
-        return PeftModel.from_pretrained(base, str(calibrated), is_trainable=True)
+        with _whole(calibrated):
+            return PeftModel.from_pretrained(base, str(calibrated), is_trainable=True)
     model = METHODS[settings.method].apply(base, settings.trpts_options() if settings.method == "trpts" else {})
     model.to(run.state.device)
     if settings.method == "trpts":
@@ -279,34 +301,65 @@ def _set_up(run: FinetuneRun) -> None:
     """Write what a resumed run starts from; whole or not at all."""
     output = run.settings.output
     output.mkdir(parents=True, exist_ok=True)
-    write_json(output / _SETTINGS, run.settings.to_dict())
+    write_json(output / SETTINGS, {**run.settings.to_dict(), "data": _about(run.data)})
     if run.settings.method == "trpts" and not (output / _CALIBRATED).is_dir():
         draft = output / f"{_CALIBRATED}.part"
         cast(PeftModel, run.model).save_pretrained(str(draft))
         os.replace(draft, output / _CALIBRATED)
 
 
-def _check_output(settings: FinetuneSettings) -> None:
-    output = settings.output
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"`output` must be a folder, got a file, {str(output)!r}.")
-    if not output.exists() or not any(output.iterdir()):
-        return
-    if not settings.resume:
+def _check_targets(settings: FinetuneSettings) -> None:
+    """What the run will write to at its end is looked at before its start."""
+    check_output(settings.output, settings.to_dict())
+    if settings.push_to_hub is not None:
+        check_upload(settings.push_to_hub)
+
+
+def _about(data: ImageData) -> dict[str, Any]:
+    counts = {"train": len(data.train), "test": len(data.test), "test_split": data.test_split}
+    return {"classes": list(data.names), **counts}
+
+
+def _check_reporters(settings: FinetuneSettings) -> None:
+    """Make each reporter once, now: Trainer would find out only after calibration that one is not installed."""
+    try:
+        for reporter in get_reporting_integration_callbacks(settings.reporters):
+            reporter()
+    except (ImportError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"`output` must be empty or not there, got {str(output)!r} with files in it: name another folder, or go on "
-            "with the run in it by `--resume`."
-        )
-    if not (output / _SETTINGS).is_file():
-        raise ValueError(f"`output` must hold a run to resume, got {str(output)!r} without {_SETTINGS}.")
-    before = json.loads((output / _SETTINGS).read_text(encoding="utf-8"))
-    now = json.loads(json.dumps(settings.to_dict()))
-    changed = [name for name in now if name not in _FREE and now[name] != before.get(name)]
-    if changed:
-        name = changed[0]
+            f"`report_to` must name reporters that are installed, got {settings.report_to!r}: {first_line(error)}"
+        ) from error
+
+
+def _check_fit(base: nn.Module, data: ImageData, processor: Any) -> None:
+    """Run the model on two images, so that a processor of another model is not found out in the first epoch."""
+    try:
+        with torch.no_grad():
+            base(torch.stack(with_pixel_values(data.train, processor)[:2]["pixel_values"]))
+    except (RuntimeError, ValueError) as error:
         raise ValueError(
-            f"`{name}` must be as in the run to resume, {before.get(name)!r}, got {now[name]!r}: name another `output`."
+            f"`model` must take what its image processor makes of the images, got {first_line(error)}"
+        ) from error
+
+
+def _check_finite(model: nn.Module, loss: float, learning_rate: float) -> None:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not math.isfinite(loss) or not all(bool(parameter.isfinite().all()) for parameter in trained):
+        raise FloatingPointError(
+            f"`learning_rate` must let the training converge, got {learning_rate:g}: the loss is {loss}. Start anew "
+            "with a lower one."
         )
+
+
+@contextmanager
+def _whole(calibrated: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        raise ValueError(
+            f"`output` must hold a whole {calibrated.name!r}, got {first_line(error)} Delete that folder; the run then "
+            "calibrates anew."
+        ) from error
 
 
 def load_processor(model: str) -> Any:
@@ -332,30 +385,11 @@ def load_classifier(model: str, names: Sequence[str]) -> nn.Module:
 def _model_errors(model: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"`model` must be an image classifier, by its id on the Hub or its folder, got {model!r}: "
-            f"{next(iter(str(error).splitlines()), type(error).__name__)}"
+            f"{first_line(error)}"
         ) from error
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The latest whole checkpoint in a folder of Trainer's; it writes `trainer_state.json` last."""
-    found = sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True)
-    return next((path for path in found if _is_whole(path)), None)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step after which a checkpoint was written."""
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _predictions(logits: Tensor, _labels: Tensor) -> Tensor:
@@ -375,10 +409,10 @@ def _saved_under_own_names(model: nn.Module) -> Iterator[None]:
     transformers 5 saves a ViT under the names of older releases, and Trainer looks for today's when it resumes: it
     would find none, say so in a warning, and train on from the start.
     """
-    conversions = getattr(model, "_weight_conversions", None)
-    if conversions is None or isinstance(model, PeftModel):
+    if isinstance(model, PeftModel):
         yield
         return
+    conversions = cast(Any, model)._weight_conversions
     cast(Any, model)._weight_conversions = []
     try:
         yield

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
 from datasets.exceptions import DatasetsError
 from torch import Tensor
 from tqdm.auto import tqdm
+
+from .folders import first_line
 
 __all__ = ["ImageData", "load_image_data", "with_pixel_values"]
 
@@ -61,13 +64,13 @@ def load_image_data(
     train = splits["train"]
     images = _image_column(train, image_column)
     labels = _label_column(train, label_column)
+    names = _class_names(train, labels)
     train, test, origin = _split(splits, seed)
     if labels not in test.column_names or images not in test.column_names:
         raise ValueError(
             f"`dataset` must have the columns {images!r} and {labels!r} in each split, got {test.column_names} in "
             f"{origin!r}: name the same columns everywhere."
         )
-    names = _class_names(train, labels)
     train, test = (_uniform(rows, images, labels, names, split) for rows, split in ((train, "train"), (test, origin)))
     if num_train is not None:
         train = _drawn(train, num_train, seed)
@@ -81,33 +84,28 @@ def load_image_data(
     return ImageData(train, test, names, origin)
 
 
-def with_pixel_values(rows: Dataset, processor: Callable[..., Any]) -> Dataset:
+def with_pixel_values(rows: Dataset, processor: Any) -> Dataset:
     """The rows as a model takes them: `pixel_values` float32 (3, H, W) by its image processor, and `labels`."""
+    return rows.with_transform(partial(_processed, processor))  # no closure: worker processes may have to unpickle it
 
-    def transform(batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-        pixels: Tensor = processor([image.convert("RGB") for image in batch["image"]], return_tensors="pt")[
-            "pixel_values"
-        ]
-        return {"pixel_values": list(pixels), "labels": torch.tensor(batch["labels"])}
 
-    return rows.with_transform(transform)
+def _processed(processor: Any, batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    images = [image.convert("RGB") for image in batch["image"]]
+    pixels: Tensor = processor(images, return_tensors="pt")["pixel_values"]
+    return {"pixel_values": list(pixels), "labels": torch.tensor(batch["labels"])}
 
 
 def _load(dataset: str) -> DatasetDict:
     try:
         splits = load_dataset(dataset)
-    except (OSError, ValueError, DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise ValueError(
             f"`dataset` must be an id on the Hub, or a folder of images or parquet files, got {dataset!r}: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
     if "train" not in splits:
         raise ValueError(f"`dataset` must have a split named 'train', got {list(splits)}.")
     return splits
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 # ---- which columns and rows ----
@@ -132,11 +130,14 @@ def _label_column(rows: Dataset, wanted: str | None) -> str:
                 f"`label_column` must be named where no one column is of classes, got None and {rows.column_names}: a "
                 "folder of images has one where its images lie in a sub-folder for each of at least two classes."
             )
-        return str(candidates[0])
+        wanted = str(candidates[0])
     if wanted not in rows.column_names:
         raise ValueError(f"`label_column` must be one of {rows.column_names}, got {wanted!r}.")
-    if getattr(rows.features[wanted], "dtype", None) not in ("int64", "int32", "int16", "int8", "uint8", "string"):
-        raise ValueError(f"`label_column` must hold classes, whole numbers or strings, got {rows.features[wanted]}.")
+    kind = str(getattr(rows.features[wanted], "dtype", ""))
+    if kind not in ("bool", "string", "large_string") and not kind.startswith(("int", "uint")):
+        raise ValueError(
+            f"`label_column` must hold classes, whole numbers or strings, got {rows.features[wanted]} in {wanted!r}."
+        )
     return wanted
 
 
@@ -202,7 +203,12 @@ def _check_images(rows: Dataset, split: str, progress: bool) -> None:
         except Exception as error:  # whatever a decoder raises
             raise ValueError(
                 f"`dataset` must hold readable images, got a broken one in row {index} of {split!r} "
-                f"({_first_line(error)}): repair or remove it."
+                f"({first_line(error)}): repair or remove it."
             ) from error
         if image is None:
             raise ValueError(f"`dataset` must hold readable images, got none in row {index} of {split!r}.")
+        if image.mode[0] in "IF":
+            raise ValueError(
+                f"`dataset` must hold images of 8 bits a channel, got mode {image.mode!r} in row {index} of {split!r}: "
+                "convert them, or all that is above 255 becomes white."
+            )

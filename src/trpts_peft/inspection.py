@@ -20,10 +20,21 @@ from transformers import AutoConfig, AutoModelForImageClassification
 from .checkpoint import unpack_columns
 from .config import TRPTSConfig
 from .cost import geometry_of, macs
-from .families import find_family
-from .selection import Selection, block_index, unit_of, unit_order
+from .families import block_index, find_family
+from .folders import first_line
+from .selection import Selection, unit_of, unit_order
 
-__all__ = ["FILE", "base_on_meta", "describe_file", "find_adapter", "read_config", "read_selection", "table"]
+__all__ = [
+    "FILE",
+    "base_config",
+    "base_on_meta",
+    "describe_file",
+    "find_adapter",
+    "read_config",
+    "read_selection",
+    "read_tensors",
+    "table",
+]
 
 FILE, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _FILES = [FILE, _CONFIG, "config.json", "preprocessor_config.json"]
@@ -47,8 +58,7 @@ def find_adapter(adapter: str) -> Path:
             folder = Path(snapshot_download(adapter, allow_patterns=_FILES))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise ValueError(
-                f"`adapter` must be a folder or a repository on the Hub, got {adapter!r}: "
-                f"{next(iter(str(error).splitlines()), type(error).__name__)}"
+                f"`adapter` must be a folder or a repository on the Hub, got {adapter!r}: {first_line(error)}"
             ) from error
     missing = [name for name in (_CONFIG, FILE) if not (folder / name).is_file()]
     if missing:
@@ -67,14 +77,37 @@ def read_config(folder: Path) -> TRPTSConfig:
     return cast(TRPTSConfig, PeftConfig.from_pretrained(str(folder)))
 
 
-def _tensors(folder: Path, *endings: str) -> dict[str, Tensor]:
-    """The tensors of the file whose keys end so (all, without endings), by their names in the base model."""
+def read_tensors(folder: Path, config: TRPTSConfig) -> dict[str, Tensor]:
+    """The tensors of the file in `folder`, by their names in the base model.
+
+    Raises:
+        ValueError: they are not what an adapter of this config can hold, whatever its base.
+    """
     try:
         with safe_open(folder / FILE, framework="pt") as file:
-            keys = [key for key in file.keys() if not endings or key.endswith(endings)]  # noqa: SIM118
-            return {key.removeprefix(_PREFIX): file.get_tensor(key) for key in keys}
+            tensors = {key.removeprefix(_PREFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"`adapter` must be a whole safetensors file, got {error} in {str(folder)!r}.") from error
+    _check_tensors(tensors, config)
+    return tensors
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], config: TRPTSConfig) -> None:
+    columns = {key.removesuffix(".trpts_columns"): t for key, t in tensors.items() if key.endswith(".trpts_columns")}
+    if not columns or (config.connections is not None and set(columns) != set(config.connections)):
+        raise ValueError(
+            f"`adapter` must hold the linears that its config names, got {len(columns)} other or none: it is damaged."
+        )
+    for name, indices in columns.items():
+        values = tensors.get(f"{name}.trpts_values")
+        whole = indices.dim() == 2 and not indices.is_floating_point() and values is not None
+        if not whole or values is None or values.shape != indices.shape or int(indices.long().min()) < 0:
+            raise ValueError(
+                f"`adapter` must hold columns and values (out_features, C) of {name}, got {tuple(indices.shape)} of "
+                f"{indices.dtype} and {None if values is None else tuple(values.shape)}: it is damaged."
+            )
+        if not bool(values.isfinite().all()):
+            raise ValueError(f"`adapter` must hold finite values of {name}, got others: its training diverged.")
 
 
 def read_selection(folder: Path) -> Selection:
@@ -88,10 +121,12 @@ def read_selection(folder: Path) -> Selection:
         raise ValueError(f"`adapter` must be calibrated, got one that is not in {str(folder)!r}.")
     columns = {
         key.removesuffix(".trpts_columns"): unpack_columns(tensor)
-        for key, tensor in _tensors(folder, ".trpts_columns").items()
+        for key, tensor in read_tensors(folder, config).items()
+        if key.endswith(".trpts_columns")
     }
     base = base_on_meta(folder, config)
-    linears = {name: base.get_submodule(name) for name in columns} if isinstance(base, nn.Module) else {}
+    modules = dict(base.named_modules()) if isinstance(base, nn.Module) else {}
+    linears = {name: modules[name] for name in columns if name in modules}
     return Selection(
         importance=config.unit_importance or {},
         connections={name: indices.shape[1] for name, indices in columns.items()},
@@ -104,16 +139,27 @@ def read_selection(folder: Path) -> Selection:
 
 
 def base_on_meta(folder: Path, config: TRPTSConfig) -> nn.Module | str:
-    """The base model without its weights, or one line that says why it cannot be had.
-
-    The config beside the adapter is taken, where there is one, for its number of labels.
-    """
+    """The base model without its weights, or one line that says why it cannot be had."""
     try:
-        source = folder if (folder / "config.json").is_file() else str(config.base_model_name_or_path)
         with torch.device("meta"):
-            return cast(nn.Module, AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(source)))
+            return cast(nn.Module, AutoModelForImageClassification.from_config(base_config(folder, config)))
     except (OSError, ValueError) as error:
-        return f"the base model {config.base_model_name_or_path!r} cannot be read ({str(error).splitlines()[0]})"
+        return f"the base model {config.base_model_name_or_path!r} cannot be read ({first_line(error)})"
+
+
+def base_config(folder: Path, config: TRPTSConfig) -> Any:
+    """The config of the base model, with the classes of the adapter where a `config.json` beside it names them.
+
+    Nothing else is taken from that file: an adapter does not say how its base computes, nor which code it runs.
+    """
+    own = AutoConfig.from_pretrained(str(config.base_model_name_or_path), trust_remote_code=False)
+    if (folder / "config.json").is_file():
+        beside = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        names = beside.get("id2label") if isinstance(beside, dict) else None
+        if isinstance(names, dict):
+            own.id2label = {int(index): str(name) for index, name in names.items()}
+            own.label2id = {name: index for index, name in own.id2label.items()}
+    return own
 
 
 def describe_file(folder: Path) -> dict[str, Any]:
@@ -129,7 +175,8 @@ def describe_file(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is damaged, or not of TR-PTS.
     """
-    config, tensors = read_config(folder), _tensors(folder)
+    config = read_config(folder)
+    tensors = read_tensors(folder, config)
     counts = _counts(tensors)
     indices = [tensor for key, tensor in tensors.items() if key.endswith(".trpts_columns")]
     index_bytes = sum(tensor.numel() * tensor.element_size() for tensor in indices)

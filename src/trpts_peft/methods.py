@@ -32,6 +32,8 @@ class Method:
 
 
 def _trpts(base: nn.Module, options: dict[str, Any]) -> nn.Module:
+    if find_family(base) is None:
+        raise ValueError(f"`method` must be another than 'trpts' for {type(base).__name__}: it knows ViT and DeiT.")
     return get_peft_model(base, TRPTSConfig(modules_to_save=[_head_of(base)], **options))
 
 
@@ -62,7 +64,12 @@ def _full(base: nn.Module, _options: dict[str, Any]) -> nn.Module:
 
 
 def _head_of(base: nn.Module) -> str:
-    return find_head(base, "default").name
+    try:
+        return find_head(base, "default").name
+    except ValueError as error:
+        raise ValueError(
+            f"`model` must have a linear head named classifier, score, head or fc, got {type(base).__name__}."
+        ) from error
 
 
 METHODS = {

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .cost import patch_grid, patch_size_of
+from .families import block_index
 from .layer import TRPTSLinear
 from .record import TokenRecord, record_tokens
-from .selection import Selection, block_index, unit_order
+from .selection import Selection, unit_order
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

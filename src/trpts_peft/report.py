@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
-import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from .cost import estimate_cost
 from .families import find_family
+from .folders import first_line
 from .image_data import ImageData, with_pixel_values
 from .inspection import read_selection
 from .plots import plot_layer_importance, plot_tokens
+from .run_folder import write_json
 from .selection import Selection
 from .vit import keep_rates_in_force, set_token_selection
 
@@ -36,7 +38,6 @@ __all__ = [
     "start_card",
     "summary",
     "upload",
-    "write_json",
     "write_report",
 ]
 
@@ -97,13 +98,6 @@ def _about_selection(selection: Selection) -> dict[str, Any]:
     return {"selection": {**decided, "token_layers": list(selection.token_layers)}}
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    draft = path.with_name(f"{path.name}.part")
-    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, path)
-
-
 def result_folder(output: Path) -> Path:
     """Where a run saved what it trained: `adapter`, or `model` for methods that change the model itself."""
     return next((output / name for name in ("adapter", "model") if (output / name).is_dir()), output / "adapter")
@@ -114,7 +108,7 @@ def summary(results: Mapping[str, Any], output: Path) -> str:
     rows = [
         ("accuracy", f"{results['accuracy']:.2f} %, mean per class {results['accuracy_per_class']:.2f} %"),
         ("trained", f"{results['parameters']['trainable']:,} parameters, {results['bytes']:,} bytes on disk"),
-        ("speed-up", f"{results['speed']['predicted']:.2f} predicted, {results['speed']['measured']:.2f} measured"),
+        *([("speed-up", _speed_in_words(results["speed"]))] if results["speed"] else []),
         ("results", str(output / "results.json")),
         ("saved", str(result_folder(output))),
     ]
@@ -138,10 +132,10 @@ def _parameters(model: nn.Module) -> dict[str, float]:
     }
 
 
-def _speed(model: nn.Module, data: ImageData, processor: Any) -> dict[str, float]:
-    """Speed-up of inference by token selection: predicted from multiply-accumulates, and measured; 1 without any."""
+def _speed(model: nn.Module, data: ImageData, processor: Any) -> dict[str, float] | None:
+    """Speed-up of inference by token selection: predicted from multiply-accumulates, and measured; None without any."""
     if not keep_rates_in_force(model):
-        return {"predicted": 1.0, "measured": 1.0}
+        return None
     count = min(_TIMED_IMAGES, len(data.test))
     pixels = torch.stack(with_pixel_values(data.test, processor)[:count]["pixel_values"])
     size = (pixels.shape[2], pixels.shape[3])
@@ -217,6 +211,8 @@ def _add_to_card(folder: Path, results: Mapping[str, Any]) -> None:
     data.pipeline_tag = "image-classification"
     if not local:
         data.datasets = [name]
+    data.base_model = None if Path(settings["model"]).is_dir() else settings["model"]
+    data.tags = [tag for tag in data.tags or () if data.base_model or not tag.startswith("base_model:")]
     if (license := license_of(settings["model"])) is not None:
         data.license = license
     data.model_name = folder.resolve().parent.name
@@ -244,13 +240,17 @@ def _results_section(results: Mapping[str, Any], dataset: str) -> str:
         ("mean accuracy per class", f"{results['accuracy_per_class']:.2f} %"),
         ("trained", f"{parameters['trainable']:,} parameters{percent}, the head among them"),
         ("file", f"{results['bytes']:,} bytes"),
-        ("speed-up by token selection", f"{speed['predicted']:.2f} predicted, {speed['measured']:.2f} measured"),
+        *([("speed-up by token selection", _speed_in_words(speed))] if speed else []),
         ("recipe", _recipe(settings)),
     ]
     lines = ["## Results", "", "| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows)]
     if "layer_importance.png" in results["figures"]:
         lines += ["", "![Share of the top-scoring weights in each block](layer_importance.png)"]
     return "\n".join(lines)
+
+
+def _speed_in_words(speed: Mapping[str, float]) -> str:
+    return f"{speed['predicted']:.2f} predicted, {speed['measured']:.2f} measured"
 
 
 def _recipe(settings: Mapping[str, Any]) -> str:
@@ -278,24 +278,32 @@ def license_of(model: str) -> str | None:
 
 def check_upload(repository: str) -> None:
     """Raise a ValueError now where `upload` would fail for want of a valid name or of a token."""
-    try:
+    with _hub_errors(repository):
         validate_repo_id(repository)
         HfApi().whoami()
+
+
+@contextmanager
+def _hub_errors(repository: str) -> Iterator[None]:
+    try:
+        yield
     except HFValidationError as error:
         raise ValueError(f"`push_to_hub` must be user/name, got {repository!r}.") from error
     except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise ValueError(
             f"`push_to_hub` must be a repository that you may write to, got {repository!r}, and the Hub says: "
-            f"{str(error).splitlines()[0]}"
+            f"{first_line(error)}"
         ) from error
 
 
 def upload(folder: Path, repository: str) -> str:
     """Put the files of a saved adapter or model into a repository on the Hub, made if it is not there; returns its URL.
 
-    Unlike `PeftModel.push_to_hub`, this uploads the model card that stands in the folder.
+    Raises:
+        ValueError: the Hub does not take them.
     """
     api = HfApi()
-    url = api.create_repo(repository, exist_ok=True)
-    api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Upload adapter with its model card")
+    with _hub_errors(repository):
+        url = api.create_repo(repository, exist_ok=True)
+        api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Upload adapter with its model card")
     return str(url)

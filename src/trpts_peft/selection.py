@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from .config import TRPTSConfig
 from .cost import geometry_of, predicted_speedup
-from .families import find_blocks, find_family
+from .families import block_index, find_blocks, find_family
 from .fisher import FisherScores
 from .functional import allocate_connections, top_connections, top_counts
 from .vit import check_token_layers
 
-__all__ = ["Selection", "block_index", "select", "unit_of", "unit_order"]
+__all__ = ["Selection", "select", "unit_of", "unit_order"]
 
 _BLOCK = re.compile(r"^(.*?\.\d+)\.")
 
@@ -81,12 +81,6 @@ def unit_of(linear: str, allocation_unit: str) -> str:
     """The unit of a linear: its block, by the first number in its name; itself for `"module"` or outside any block."""
     match = _BLOCK.match(linear) if allocation_unit == "block" else None
     return match.group(1) if match else linear
-
-
-def block_index(unit: str) -> int | None:
-    """The first number in a unit's name: the index of its block; None outside any block."""
-    found = re.search(r"\.(\d+)(?:\.|$)", unit)
-    return int(found.group(1)) if found else None
 
 
 def unit_order(unit: str) -> tuple[bool, list[tuple[int, str]]]:

@@ -1,0 +1,29 @@
+"""Where a command may write, and how an error of others is said in one line."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+__all__ = ["check_empty", "check_writable", "first_line"]
+
+
+def check_empty(output: Path) -> None:
+    """Raise a ValueError where something lies in the folder, it is none, or it cannot be made."""
+    check_writable(output)
+    if output.is_dir() and any(output.iterdir()):
+        raise ValueError(f"`output` must be an empty folder or not there, got {str(output)!r}: name another.")
+
+
+def check_writable(output: Path) -> None:
+    """Raise a ValueError where `output` is no folder and cannot become one."""
+    nearest = next(path for path in (output, *output.absolute().parents) if os.path.lexists(path))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"`output` must be a folder that can be written to, got {str(output)!r}: {str(nearest)!r} is none."
+        )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind where it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

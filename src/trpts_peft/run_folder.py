@@ -1,0 +1,87 @@
+"""The output folder of a run: whether it may be written to, what a run to resume was set to, its last checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .folders import check_writable, first_line
+
+__all__ = ["SETTINGS", "check_data", "check_output", "last_checkpoint", "read_json", "step_of", "write_json"]
+
+SETTINGS = "settings.json"
+# Settings that a resumed run may change: they decide nothing of what is trained.
+_FREE = ("output", "resume", "push_to_hub", "report_to", "num_workers")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    draft = path.with_name(f"{path.name}.part")
+    draft.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote; a ValueError where it is not whole."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`output` must hold a whole {path.name}, got {first_line(error)}: delete it.") from error
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"`output` must hold a whole {path.name}, got {content!r}: delete it.")
+    return content
+
+
+def check_output(output: Path, settings: Mapping[str, Any]) -> None:
+    """Raise a ValueError where `output` is neither empty nor, with `settings["resume"]`, a run of the same settings."""
+    check_writable(output)
+    if not output.is_dir() or all(path.suffix == ".part" for path in output.iterdir()):
+        return  # a draft is what a run leaves that was killed while it wrote its first file
+    if not settings["resume"]:
+        raise ValueError(
+            f"`output` must be empty or not there, got {str(output)!r} with files in it: name another folder, or go on "
+            "with the run in it by `--resume`."
+        )
+    if not (output / SETTINGS).is_file():
+        raise ValueError(f"`output` must hold a run to resume, got {str(output)!r} without {SETTINGS}.")
+    before, now = read_json(output / SETTINGS), json.loads(json.dumps(settings))
+    same = [name for name in ("model", "dataset") if _is_same_place(before.get(name), now[name])]
+    changed = [name for name in now if name not in (*_FREE, *same) and now[name] != before.get(name)]
+    if changed:
+        name = changed[0]
+        raise ValueError(
+            f"`{name}` must be as in the run to resume, {before.get(name)!r}, got {now[name]!r}: name another `output`."
+        )
+
+
+def _is_same_place(one: Any, other: str) -> bool:
+    return isinstance(one, str) and Path(one).is_dir() and Path(one).resolve() == Path(other).resolve()
+
+
+def check_data(output: Path, data: Mapping[str, Any]) -> None:
+    """Raise a ValueError where the run in `output` was of other data: other classes, in name or order, or counts."""
+    before = read_json(output / SETTINGS).get("data") if (output / SETTINGS).is_file() else None
+    if before not in (None, data):
+        raise ValueError(f"`dataset` must be as in the run to resume, {before}, got {data}: restore it, or start anew.")
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The latest whole checkpoint in a folder of Trainer's; it writes `trainer_state.json` last."""
+    numbered = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    return next((path for path in sorted(numbered, key=step_of, reverse=True) if _is_whole(path)), None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return all(any(checkpoint.glob(name)) for name in ("optimizer.pt", "scheduler.pt", "*.safetensors"))

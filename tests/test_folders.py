@@ -1,0 +1,37 @@
+"""Folders to write to, and errors in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from trpts_peft.folders import check_empty, check_writable, first_line
+
+
+def test_an_empty_folder_and_one_that_can_be_made(tmp_path: Path) -> None:
+    check_empty(tmp_path)
+    check_empty(tmp_path / "a" / "b")
+    (tmp_path / "link").symlink_to(tmp_path)
+    check_writable(tmp_path / "link")
+
+
+def test_a_folder_with_something_in_it(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    check_writable(tmp_path)
+    with pytest.raises(ValueError, match="`output` must be an empty folder or not there"):
+        check_empty(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "nowhere", "nowhere/below"])
+def test_what_is_no_folder_and_cannot_become_one(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    for check in (check_empty, check_writable):
+        with pytest.raises(ValueError, match="`output` must be a folder that can be written to, got"):
+            check(tmp_path / name)
+
+
+def test_errors_in_one_line() -> None:
+    assert first_line(ValueError("one\ntwo")) == "one"
+    assert first_line(OSError()) == "OSError"

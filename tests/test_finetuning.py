@@ -151,6 +151,9 @@ def test_the_card_says_what_was_reached(done: Any) -> None:
     assert data.eval_results[0].dataset_name == "set" and "datasets" not in data.to_dict()
     assert data.model_name == "red-green-blue"
     assert f"| accuracy | {results['accuracy']:.2f} % |" in card.text
+    macs = [results["parameters"][name] / 1e9 for name in ("macs_per_image", "macs_per_image_with_all_tokens")]
+    assert macs[0] < macs[1]
+    assert "| cost | {:.3g} GMACs an image, {:.3g} with all tokens |".format(*macs) in card.text
     assert "![Share of the top-scoring weights in each block](layer_importance.png)" in card.text
     assert "More Information Needed" not in card.text
     assert "import trpts_peft" in card.text and str(settings.dataset) not in card.text

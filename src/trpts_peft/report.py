@@ -129,6 +129,8 @@ def _parameters(model: nn.Module) -> dict[str, float]:
         "trainable_without_head": cost.trainable_parameters_without_head,
         "trainable_percent": cost.trainable_percent,
         "trainable_percent_without_head": cost.trainable_percent_without_head,
+        "macs_per_image": cost.macs,
+        "macs_per_image_with_all_tokens": cost.dense_macs,
     }
 
 
@@ -240,6 +242,7 @@ def _results_section(results: Mapping[str, Any], dataset: str) -> str:
         ("mean accuracy per class", f"{results['accuracy_per_class']:.2f} %"),
         ("trained", f"{parameters['trainable']:,} parameters{percent}, the head among them"),
         ("file", f"{results['bytes']:,} bytes"),
+        *([("cost", _cost_in_words(parameters))] if "macs_per_image" in parameters else []),
         *([("speed-up by token selection", _speed_in_words(speed))] if speed else []),
         ("recipe", _recipe(settings)),
     ]
@@ -247,6 +250,12 @@ def _results_section(results: Mapping[str, Any], dataset: str) -> str:
     if "layer_importance.png" in results["figures"]:
         lines += ["", "![Share of the top-scoring weights in each block](layer_importance.png)"]
     return "\n".join(lines)
+
+
+def _cost_in_words(parameters: Mapping[str, float]) -> str:
+    """Giga-multiply-accumulates of one image."""
+    macs, dense = (parameters[name] / 1e9 for name in ("macs_per_image", "macs_per_image_with_all_tokens"))
+    return f"{macs:.3g} GMACs an image" + ("" if macs == dense else f", {dense:.3g} with all tokens")
 
 
 def _speed_in_words(speed: Mapping[str, float]) -> str:

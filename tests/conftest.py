@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -87,6 +88,15 @@ class LabelledImages(Dataset[dict[str, Tensor]]):
 def _seeded() -> Iterator[None]:
     torch.manual_seed(0)
     yield
+
+
+@pytest.fixture(autouse=True)
+def _own_log_level() -> Iterator[None]:
+    """Programs among the examples set the package's; what they say is theirs, not that of the tests that follow."""
+    logger = logging.getLogger("trpts_peft")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture

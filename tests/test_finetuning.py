@@ -355,6 +355,7 @@ from transformers import Trainer
 import test_finetuning, trpts_peft.cli
 
 how, stage = getattr(signal, sys.argv.pop(1)), sys.argv.pop(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may be born deaf to it
 save = Trainer._save_checkpoint
 
 def save_and_stop(self, *arguments):

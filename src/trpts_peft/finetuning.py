@@ -258,7 +258,7 @@ def prepare(settings: FinetuneSettings) -> FinetuneRun:
         seed=settings.seed,
         progress=state.is_main_process,
     )
-    check_data(settings.output, _about(data))
+    check_data(settings.output, data.describe())
     set_seed(settings.seed)
     base = load_classifier(settings.model, data.names)
     _check_fit(base, data, processor)
@@ -301,7 +301,7 @@ def _set_up(run: FinetuneRun) -> None:
     """Write what a resumed run starts from; whole or not at all."""
     output = run.settings.output
     output.mkdir(parents=True, exist_ok=True)
-    write_json(output / SETTINGS, {**run.settings.to_dict(), "data": _about(run.data)})
+    write_json(output / SETTINGS, {**run.settings.to_dict(), "data": run.data.describe()})
     if run.settings.method == "trpts" and not (output / _CALIBRATED).is_dir():
         draft = output / f"{_CALIBRATED}.part"
         cast(PeftModel, run.model).save_pretrained(str(draft))
@@ -313,11 +313,6 @@ def _check_targets(settings: FinetuneSettings) -> None:
     check_output(settings.output, settings.to_dict())
     if settings.push_to_hub is not None:
         check_upload(settings.push_to_hub)
-
-
-def _about(data: ImageData) -> dict[str, Any]:
-    counts = {"train": len(data.train), "test": len(data.test), "test_split": data.test_split}
-    return {"classes": list(data.names), **counts}
 
 
 def _check_reporters(settings: FinetuneSettings) -> None:

@@ -37,6 +37,11 @@ class ImageData:
     names: tuple[str, ...]
     test_split: str
 
+    def describe(self) -> dict[str, Any]:
+        """Classes and counts, ready for JSON."""
+        counts = {"train": len(self.train), "test": len(self.test), "test_split": self.test_split}
+        return {"classes": list(self.names), **counts}
+
 
 def load_image_data(
     dataset: str,

@@ -71,7 +71,8 @@ def write_report(
     results: dict[str, Any] = {
         "settings": dict(settings),
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        **_about_data(data, processor),
+        "data": data.describe(),
+        "preprocessing": json.loads(processor.to_json_string()),
         **{name: metrics[name] for name in ("accuracy", "accuracy_per_class", "loss")},
         "parameters": _parameters(model),
         "bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
@@ -83,14 +84,6 @@ def write_report(
     _add_to_card(folder, results)
     write_json(output / "results.json", results)
     return results
-
-
-def _about_data(data: ImageData, processor: Any) -> dict[str, Any]:
-    counts = {"train": len(data.train), "test": len(data.test), "test_split": data.test_split}
-    return {
-        "data": {"classes": list(data.names), **counts},
-        "preprocessing": json.loads(processor.to_json_string()),
-    }
 
 
 def _about_selection(selection: Selection) -> dict[str, Any]:

@@ -33,7 +33,7 @@ wheel: $(STAMP)
 	"$$dir/venv/bin/pip" install $(PIP_OPTIONS) --no-compile "$(TORCH)" && \
 	"$$dir/venv/bin/pip" install $(PIP_OPTIONS) --no-compile -c constraints.txt "$$dir"/*.whl && \
 	"$$dir/venv/bin/pip" check && \
-	cd "$$dir" && "$$dir/venv/bin/python" -I -W error -c "$$IMPORT_CHECK"
+	cd "$$dir" && "$$dir/venv/bin/python" -I -W error -c "$$IMPORT_CHECK" && "$$dir/venv/bin/trpts" --help > /dev/null
 
 define IMPORT_CHECK
 import importlib.metadata, importlib.resources, trpts_peft

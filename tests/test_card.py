@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments, ViTForImageClassification
 
 from conftest import LabelledImages, build_images, build_vit
 from trpts_peft import TRPTSConfig, calibrate
-from trpts_peft.card import describe_adapter
+from trpts_peft.card import describe_adapter, drop_local_base
 
 
 @pytest.fixture
@@ -46,6 +46,8 @@ def test_the_front_matter_says_what_it_is(saved):
 def test_a_base_in_a_folder_is_not_named_to_the_hub(saved):
     """Which refuses a card that names one."""
     _, folder = saved
+    assert ModelCard.load(folder / "README.md").data.base_model == str(folder.parent / "base")
+    drop_local_base(folder)
     data = ModelCard.load(folder / "README.md").data
     assert data.to_dict().get("base_model") is None
     assert not [tag for tag in data.tags if tag.startswith("base_model")]
@@ -55,6 +57,7 @@ def test_a_base_on_the_hub_is_named(tmp_path):
     base = build_vit()
     base.name_or_path = base.config._name_or_path = "someone/vit"
     get_peft_model(base, TRPTSConfig()).save_pretrained(tmp_path, save_embedding_layers=False)
+    drop_local_base(tmp_path)
     data = ModelCard.load(tmp_path / "README.md").data
     assert data.base_model == "someone/vit"
     assert "base_model:adapter:someone/vit" in data.tags

@@ -30,7 +30,7 @@ from trpts_peft.inspection import find_adapter
 from trpts_peft.layer import TRPTSLinear
 
 BASE, PUSHED, UPLOADED = "someone/vit", "someone/vit-flowers-trpts", "someone/vit-flowers-trpts-folder"
-FINETUNED = "someone/by-command"
+FINETUNED, LOCAL = "someone/by-command", "someone/of-a-local-base"
 DAMAGED, MISSING = "someone/damaged", "someone/missing"
 COLUMNS = "base_model.model.vit.layers.1.mlp.fc1.trpts_columns"
 
@@ -56,6 +56,8 @@ def push(folder: Path) -> None:
         if "trpts_" in name:
             parameter.data.normal_(std=0.2)
     model.push_to_hub(PUSHED)
+    local = ViTForImageClassification.from_pretrained(folder / "base")
+    get_peft_model(local, TRPTSConfig()).push_to_hub(LOCAL)  # the Hub refuses cards that name the folder
     model.save_pretrained(folder / "adapter")
     api = HfApi()
     api.create_repo(UPLOADED)
@@ -188,8 +190,8 @@ def test_pushing_creates_uploads_and_commits(hub: LoopbackHub) -> None:
         f"PUT /lfs/{oid}/{size}",
         f"POST /api/models/{PUSHED}/commit/main",
     ]
-    # The uploaded folder holds the same file, which is not sent twice; the command sends another.
-    assert len([write for write in writes if write.startswith("PUT")]) == len(hub.objects) == 2
+    # The uploaded folder holds the same file, which is not sent twice; two more adapters follow.
+    assert len([write for write in writes if write.startswith("PUT")]) == len(hub.objects) == 3
 
 
 def test_the_command_uploads_what_it_wrote(hub: LoopbackHub, folder: Path) -> None:

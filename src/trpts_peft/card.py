@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from .families import block_index
 
-__all__ = ["describe_adapter", "update_card"]
+__all__ = ["describe_adapter", "drop_local_base", "update_card"]
 
 _BEGIN, _END = "<!-- TR-PTS: written whenever the adapter is saved -->", "<!-- TR-PTS: end -->"
 _OURS = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
@@ -39,7 +39,6 @@ def update_card(folder: str | Path, config: Any, base_model_class: str | None) -
         return
     card = ModelCard.load(path)
     card.data.tags = sorted({*(card.data.tags or ()), *_TAGS})
-    _drop_local_base(card.data, config.base_model_name_or_path)
     if card.data.pipeline_tag is None and (base_model_class or "").endswith("ForImageClassification"):
         card.data.pipeline_tag = "image-classification"
     section = f"{_BEGIN}\n{describe_adapter(config, _shapes_in(file), base_model_class)}\n{_END}"
@@ -48,11 +47,14 @@ def update_card(folder: str | Path, config: Any, base_model_class: str | None) -
     card.save(path)
 
 
-def _drop_local_base(data: Any, base: str | None) -> None:
-    """A base model that lies in a folder has no name that others know, and the Hub takes no card that names it."""
-    if base and Path(base).is_dir():
+def drop_local_base(folder: str | Path) -> None:
+    """Before a push: a base model that lies in a folder has no name that others know; the Hub refuses cards with it."""
+    card = ModelCard.load(Path(folder) / "README.md")
+    data: Any = card.data
+    if data.base_model and Path(str(data.base_model)).is_dir():
         data.base_model = None
-        data.tags = [tag for tag in data.tags if not tag.startswith("base_model:")]
+        data.tags = [tag for tag in data.tags or () if not tag.startswith("base_model:")]
+        card.save(Path(folder) / "README.md")
 
 
 def _shapes_in(path: Path) -> Shapes:

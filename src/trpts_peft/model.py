@@ -266,6 +266,7 @@ class TRPTSModel(BaseTuner):
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
         for name, layer in adapted_linears(model, adapter_name):
+            name = name.replace("_fsdp_wrapped_module.", "")  # FSDP leaves its own name out of a state dict
             key = f"{name}.trpts_columns.{adapter_name}"
             if key in tensors:
                 tensors[key] = pack_columns(tensors[key], layer.in_features)

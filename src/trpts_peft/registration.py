@@ -13,7 +13,7 @@ from peft.mapping import (
 )
 from peft.utils import register_peft_method
 
-from .card import update_card
+from .card import drop_local_base, update_card
 from .config import TRPTSConfig
 from .model import TRPTSModel
 from .peft_type import TRPTS
@@ -52,6 +52,7 @@ def _send_own_card() -> None:
     def upload(self: PeftModel, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
         if any(config.peft_type == TRPTS for config in self.peft_config.values()):
             self.create_or_update_model_card(str(working_dir))
+            drop_local_base(working_dir)
         return uploaded(self, working_dir, *args, **kwargs)
 
     patched: Any = PeftModel

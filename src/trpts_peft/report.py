@@ -19,6 +19,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft import PeftModel
 from torch import Tensor, nn
 
+from .card import drop_local_base
 from .cost import estimate_cost
 from .families import find_family
 from .folders import first_line
@@ -206,8 +207,7 @@ def _add_to_card(folder: Path, results: Mapping[str, Any]) -> None:
     data.pipeline_tag = "image-classification"
     if not local:
         data.datasets = [name]
-    data.base_model = None if Path(settings["model"]).is_dir() else settings["model"]
-    data.tags = [tag for tag in data.tags or () if data.base_model or not tag.startswith("base_model:")]
+    data.base_model = settings["model"]
     if (license := license_of(settings["model"])) is not None:
         data.license = license
     data.model_name = folder.resolve().parent.name
@@ -223,6 +223,7 @@ def _add_to_card(folder: Path, results: Mapping[str, Any]) -> None:
     ]
     card.text = f"{card.text.rstrip()}\n\n{_results_section(results, name)}\n"
     card.save(path)
+    drop_local_base(folder)
 
 
 def _results_section(results: Mapping[str, Any], dataset: str) -> str:

@@ -17,6 +17,8 @@ from pictures import picture, write_base, write_folder
 from trpts_peft.cli import app
 from trpts_peft.finetuning import FinetuneSettings
 
+OPTIONS = ("--epochs", "1", "--batch-size", "3", "--token-layers", "1,", "--keep-rate", "0.5")
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -26,21 +28,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_folder(home / "set", splits={"train": 3, "test": 2})
     picture(0, 0).save(home / "picture.png")
     for name, seed in (("one", "0"), ("two", "1")):
-        result = finetune(
-            home,
-            "--output",
-            name,
-            "--epochs",
-            "1",
-            "--batch-size",
-            "3",
-            "--token-layers",
-            "1,",
-            "--keep-rate",
-            "0.5",
-            "--seed",
-            seed,
-        )
+        result = finetune(home, "--output", name, *OPTIONS, "--seed", seed)
         assert result.exit_code == 0, result.output
     return home
 
@@ -73,20 +61,7 @@ def test_help_describes_every_setting() -> None:
 
 def test_the_end_says_what_was_reached(home: Path) -> None:
     results = json.loads((home / "one" / "results.json").read_text())
-    shown = finetune(
-        home,
-        "--output",
-        "one",
-        "--epochs",
-        "1",
-        "--batch-size",
-        "3",
-        "--token-layers",
-        "1,",
-        "--keep-rate",
-        "0.5",
-        "--resume",
-    )
+    shown = finetune(home, "--output", "one", *OPTIONS, "--resume")
     assert shown.exit_code == 0
     assert f"accuracy  {results['accuracy']:.2f} %" in shown.stdout
     assert f"{results['bytes']:,} bytes on disk" in shown.stdout
@@ -110,7 +85,7 @@ def test_what_does_not_fit_is_one_line_and_exit_code_2(home: Path, arguments: tu
 
 
 def test_an_upload_of_a_finished_run_that_fails_is_one_line(home: Path) -> None:
-    options = ["--output", "one", "--epochs", "1", "--batch-size", "3", "--token-layers", "1,", "--keep-rate", "0.5"]
+    options = ("--output", "one", *OPTIONS)
     for name in ("a/b/c", "someone/offline"):
         assert "`push_to_hub` must be" in refused(finetune(home, *options, "--resume", "--push-to-hub", name))
 

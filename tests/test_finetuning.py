@@ -328,7 +328,8 @@ def stopped(given: dict[str, Any], tmp_path: Path) -> FinetuneSettings:
 
 def test_it_is_not_calibrated_again(stopped: FinetuneSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finetuning, "calibrate", None)
-    prepare(stopped)
+    resumed = prepare(stopped).model.peft_config["default"]
+    assert resumed.connections == read_config(stopped.output / "calibrated").connections is not None
 
 
 def test_its_calibration_must_be_whole(stopped: FinetuneSettings) -> None:

@@ -6,7 +6,7 @@ STAMP := $(VENV)/.stamp
 TORCH := $(shell sed -n 's/^\(torch==[^; ]*\).*/\1/p' constraints.txt)
 PIP_OPTIONS := --quiet --disable-pip-version-check
 
-.PHONY: demo bench test check wheel clean
+.PHONY: demo bench results test check wheel clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -14,6 +14,10 @@ demo: $(STAMP)
 # The short form of the cost benchmark; without --short it prints what stands in docs/benchmarks.md.
 bench: $(STAMP)
 	cd examples && ../$(BIN)/python -m benchmarks.cost --short
+
+# The tables and figures of docs/results.md from the cells in docs/results.
+results: $(STAMP)
+	cd examples && ../$(BIN)/python -m benchmarks.results
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

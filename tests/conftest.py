@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before all else
@@ -115,3 +116,11 @@ def images() -> Callable[..., Tensor]:
 def labelled_images() -> type[LabelledImages]:
     """`labelled_images(count, num_labels=3, image_size=32, seed=0)`: a Dataset for `calibrate`."""
     return LabelledImages
+
+
+@pytest.fixture
+def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Two small tasks and a base model: `tasks.Given`."""
+    from tasks import write_given  # reads images, which few tests do
+
+    return write_given(tmp_path, monkeypatch)

@@ -3,103 +3,103 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 
-from benchmarks import cells, grid
-from benchmarks.cells import Cell, Recipe, run_cell
-from benchmarks.grid import run_grid, table
-from benchmarks.suites import tasks_of
-from pictures import write_base, write_folder
+from benchmarks import grid
+from benchmarks.cells import Recipe, run_cell
+from benchmarks.grid import climb, run_grid
+from benchmarks.start import Pixels, Start
+from benchmarks.variants import METHODS, VARIANTS, Variant
+from tasks import RECIPE, Given, command
 
-RECIPE = Recipe(epochs=1, batch_size=8)
-
-
-@pytest.fixture
-def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], str]:
-    """Two tasks and a model."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    for name in ("a", "b"):
-        write_folder(tmp_path / "suite" / name, splits={"train": 5, "test": 2})
-    return tasks_of("local", str(tmp_path / "suite")), str(write_base(tmp_path / "base"))
+LINEAR, TRPTS = METHODS["linear"], METHODS["trpts"]
 
 
-def test_a_grid_that_is_killed_goes_on(
-    given: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tasks, model = given
+def test_a_grid_that_is_killed_goes_on(given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[tuple[str, str, int]] = []
+    validated: list[str] = []
 
-    def counted(model: str, splits: Any, cell: Cell, rate: float, recipe: Recipe) -> dict[str, Any]:
-        runs.append((cell.task, cell.method, cell.seed))
+    def counted(start: Start, task: str, variant: Variant, seed: int, *rest: Any) -> dict[str, Any]:
+        runs.append((task, variant.name, seed))
         if len(runs) == 3:
             raise KeyboardInterrupt
-        return run_cell(model, splits, cell, rate, recipe)
+        return run_cell(start, task, variant, seed, *rest)
 
     monkeypatch.setattr(grid, "run_cell", counted)
-    wanted = (tasks, ["linear", "trpts"], [0, 1], model, RECIPE, tmp_path / "grid")
+    monkeypatch.setattr(grid, "validate", lambda start, variant, *_: validated.append(variant.name) or 50.0)
+    wanted = (given.tasks, [LINEAR, TRPTS], [0, 1], given.model, RECIPE, tmp_path / "grid")
     with pytest.raises(KeyboardInterrupt):
         run_grid(*wanted)
-    found = run_grid(*wanted)
-    assert runs[2] == runs[3] == ("a", "trpts", 0)
-    assert len(runs) == len(set(runs)) + 1 == 2 * 2 * 2 + 1
-    assert capsys.readouterr().out.count("rates [") == 4
-    assert [(cell["task"], cell["method"], cell["seed"]) for cell in found] == list(dict.fromkeys(runs))
-    assert run_grid(*wanted) == found and len(runs) == 9
+    run_grid(*wanted)
+    assert runs[2] == runs[3] == ("a", "linear", 1)
+    assert len(set(runs)) + 1 == len(runs) == 2 * 2 * 2 + 1
+    assert validated == ["linear"] * 3 + ["trpts"] * 3 + ["linear"] * 3 + ["trpts"] * 3
+    files = sorted(str(path.relative_to(tmp_path / "grid")) for path in (tmp_path / "grid").rglob("seed-*.json"))
+    assert files == sorted(f"{task}/{variant}/seed-{seed}.json" for task, variant, seed in set(runs))
+    run_grid(*wanted)
+    assert len(runs) == 9
     with pytest.raises(ValueError, match="`output` must hold cells of this model and recipe"):
         run_grid(*wanted[:4], Recipe(epochs=2, batch_size=8), tmp_path / "grid")
 
 
-def test_the_test_images_decide_nothing(given: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_test_images_decide_nothing(given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rates are picked on validation images by training on the others; a cell trains on both, and is scored once."""
-    tasks, model = given
     calls: list[tuple[float, int, int]] = []
 
-    def trained(model: str, splits: Any, cell: Cell, rate: float, recipe: Recipe, train: Any, scored: Any) -> Any:
-        calls.append((rate, len(train), len(scored)))
-        metrics = {"accuracy": 100 - abs(rate - 0.03), "accuracy_per_class": 0.0, "loss": 0.0}
-        return cells.load_classifier(model, ["x", "y", "z"]), metrics, {"training": 1.0}
+    def validated(start: Start, _: Variant, seed: int, rate: float, recipe: Recipe, validation: Pixels) -> float:
+        calls.append((rate, len(start.pixels), len(validation)))
+        return 100 - abs(rate - 0.03)
 
-    monkeypatch.setattr(cells, "_trained", trained)
-    (cell,) = run_grid(tasks[:1], ["linear"], [0], model, RECIPE, tmp_path / "grid")
-    assert calls == [(0.003333, 12, 3), (0.01, 12, 3), (0.03, 12, 3), (0.03, 15, 6)]
-    assert cell["learning_rate"] == 0.03
+    def run(start: Start, task: str, _: Variant, seed: int, rate: float, recipe: Recipe, test: Pixels) -> Any:
+        calls.append((rate, len(start.pixels), len(test)))
+        return {"accuracy": 1.0, "training_seconds": 1.0}
 
-
-@pytest.mark.parametrize("method", ["trpts", "lora"])
-def test_a_cell_run_again_gives_its_number(given: Any, method: str) -> None:
-    tasks, model = given
-    splits = tasks[0].load()
-    first, again, other = (run_cell(model, splits, Cell("a", method, seed), 0.01, RECIPE) for seed in (0, 0, 1))
-    assert first.pop("seconds") and again.pop("seconds")
-    assert first == json.loads(json.dumps(first)) == again
-    assert other["loss"] != first["loss"]
-    assert first["images"] == {"train": 15, "test": 6, "classes": 3}
-    assert first["bytes"] > 0 and first["parameters"]["trainable"] > 0
+    monkeypatch.setattr(grid, "validate", validated)
+    monkeypatch.setattr(grid, "run_cell", run)
+    run_grid(given.tasks[:1], [LINEAR], [0], given.model, RECIPE, tmp_path / "grid")
+    assert calls == [(0.01, 12, 3), (0.03, 12, 3), (0.09, 12, 3), (0.03, 15, 6)]
 
 
-def test_all_methods_start_from_one_head(given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a step, what is scored is the probe, the same under every method."""
-    tasks, model = given
-    splits, recipe = tasks[0].load(), Recipe(epochs=1, batch_size=8)
-    monkeypatch.setattr(cells.Trainer, "train", lambda self: None)
-    losses = {m: run_cell(model, splits, Cell("a", m), 0.01, recipe)["loss"] for m in ("linear", "lora", "trpts")}
-    assert losses["linear"] == pytest.approx(losses["lora"], rel=1e-5)
-    random = run_cell(model, splits, Cell("a", "linear"), 0.01, Recipe(epochs=1, batch_size=8, probed_head=False))
-    assert random["loss"] > losses["linear"]
+def test_a_variant_trains_at_the_rate_of_another(given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[Mapping[str, Any]] = []
+    monkeypatch.setattr(grid, "validate", lambda start, variant, *_: searched.append(variant.name) or 1.0)
+    monkeypatch.setattr(
+        grid, "run_cell", lambda s, t, variant, seed, rate, *_: {"accuracy": rate, "training_seconds": 1.0}
+    )
+    output = tmp_path / "grid"
+    output_of = [VARIANTS["per-batch"], TRPTS]
+    run_grid(given.tasks[:1], output_of, [0, 1], given.model, Recipe(), output)
+    assert searched == ["trpts"] * 3
+    chosen = json.loads((output / "a" / "per-batch" / "seed-1.json").read_text())["accuracy"]
+    rates = json.loads((output / "a" / "trpts" / "rates.json").read_text())
+    assert f"{chosen:g}" == "0.00333" == min(rates["validation_accuracy"], key=float)  # the lowest of equals
+    assert rates["recipe"] == asdict(Recipe())
 
 
-def test_the_table_has_means_and_deviations() -> None:
-    def cell(task: str, method: str, accuracy: float) -> dict[str, Any]:
-        parameters = {"trainable_percent": 1.5}
-        return {"task": task, "method": method, "accuracy": accuracy, "parameters": parameters, "bytes": 2000,
-                "seconds": {"training": 3.0}}  # fmt: skip
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [(0, [-1, 0, 1]), (1, [0, 1, 2]), (3, [0, 1, 2, 3, 4]), (-2, [-3, -2, -1, 0, 1])],
+)
+def test_rates_are_tried_until_the_best_lies_between(best: int, tried: list[int]) -> None:
+    rates = {place: float(f"{0.01 * 3.0**place:.3g}") for place in range(-5, 6)}
+    found = climb(lambda rate: -abs(list(rates.values()).index(rate) - 5 - best), 0.01)
+    assert sorted(found) == [rates[place] for place in tried]
 
-    found = [cell("a", "full", 50.0), cell("a", "full", 60.0), cell("b", "full", 80.0), cell("a", "lora", 70.0)]
-    lines = table(found).splitlines()
-    assert lines[0] == "| method | a | b | mean | Params. % | file, bytes | training, s |"
-    assert lines[2] == "| full | 55.0 ± 7.1 | 80.0 | 67.5 | 1.50 | 2,000 | 3 |"
-    assert lines[3] == "| lora | 70.0 |  |  | 1.50 | 2,000 | 3 |"
+
+def test_rates_that_are_all_the_same_are_not_tried_for_ever() -> None:
+    assert sorted(climb(lambda rate: 1.0, 0.01)) == [0.00333, 0.01, 0.03]
+
+
+def test_the_command(given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(grid, "validate", lambda *_: 1.0)
+    options = ["--tasks", "b", "--variants", "linear", "--seeds", 3, "--epochs", 1, "--threads", 1]
+    command(monkeypatch, grid.main, given, "--output", tmp_path / "grid", *options)
+    (cell,) = (tmp_path / "grid").rglob("seed-*.json")
+    assert cell.parts[-3:] == ("b", "linear", "seed-3.json")
+    assert json.loads(cell.read_text())["recipe"]["epochs"] == 1
+    assert "b, linear, seed 3, learning rate 0.00333: " in capsys.readouterr().out

@@ -1,8 +1,8 @@
 """Every method of the paper's tables, and two sparse ones of PEFT, on a ViT or DeiT that classifies images.
 
-`BASELINES[name].apply(model, options)` changes the model in place and returns what trains: the method's parameters and
-the head, nothing else. `options` are the arguments of the function of that name here; for full, linear and BitFit there
-are none, and for TR-PTS they are those of TRPTSConfig. `build` also calibrates the two methods that look at data.
+`build(name, model, options)` changes the model in place and returns what trains: the method's parameters and the head,
+nothing else. `options` are the arguments of the function of that name here; for full, linear and BitFit there are none,
+and for TR-PTS they are those of TRPTSConfig. GPS and TR-PTS are still to be calibrated.
 
 The paper states no setting of these methods, but its Params. % tell some, once the mean head of the tasks is taken off:
 an Adapter with bottleneck 12 and VPT-shallow with 100 prompts fit both tables, AdaptFormer with bottleneck 8 and GPS
@@ -19,12 +19,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, ShiraConfig, SupertuningConfig, get_peft_model
+from peft import LoraConfig, ShiraConfig, SupertuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.methods import LINEARS
-from trpts_peft import TRPTSConfig, calibrate
 from trpts_peft.families import Family, find_family
 from trpts_peft.head import find_head
 from trpts_peft.methods import METHODS, Method
@@ -242,7 +241,7 @@ def super_tuning(base: PreTrainedModel, sparsity: float = 0.99, targets: Collect
 
 
 def gps(base: PreTrainedModel, connections: int = 2, train_bias: bool = True) -> nn.Module:
-    """GPS: every neuron trains its `connections` inputs of largest |mean gradient|; to be calibrated (`build`).
+    """GPS: every neuron trains its `connections` inputs of largest |mean gradient|; to be calibrated.
 
     Zhang et al., "Gradient-based Parameter Selection for Efficient Fine-Tuning", CVPR 2024. Ours: the loss is the
     cross-entropy under a linear probe in eval mode, where GPS takes a supervised contrastive loss on the features in
@@ -255,11 +254,6 @@ def gps(base: PreTrainedModel, connections: int = 2, train_bias: bool = True) ->
     """
     options = {"min_connections": connections, "max_connections": connections, "train_bias": train_bias}
     return METHODS["trpts"].apply(base, {"importance": "gradient", "token_layers": 0, **options})
-
-
-def trpts_all_tokens(base: PreTrainedModel, **options: Any) -> nn.Module:
-    """TR-PTS that keeps all tokens; to be calibrated (`build`). `options` are those of TRPTSConfig."""
-    return METHODS["trpts"].apply(base, {**options, "token_layers": 0})
 
 
 def _method(learning_rate: float, function: Callable[..., nn.Module]) -> Method:
@@ -279,33 +273,25 @@ BASELINES = {
     "ssf": _method(3e-3, ssf),
     "gps": _method(1e-2, gps),
     "trpts": METHODS["trpts"],
-    "trpts-all-tokens": _method(1e-2, trpts_all_tokens),
     "shira": _method(1e-2, shira),
     "super-tuning": _method(1e-2, super_tuning),
 }
 
 
-def build(
-    name: str, base: PreTrainedModel, data: Any = None, options: Mapping[str, Any] | None = None, **calibration: Any
-) -> nn.Module:
-    """The model that trains under a method; GPS and TR-PTS calibrated on `data`.
+def build(name: str, base: PreTrainedModel, options: Mapping[str, Any] | None = None) -> nn.Module:
+    """The model that trains under a method; GPS and TR-PTS are still to be calibrated.
 
     Args:
         name: of the method in `BASELINES`.
         base: a ViT or DeiT with a head. It is changed.
-        data: the training images, as for `calibrate`; the other methods do not look at them.
         options: of the method.
-        **calibration: further arguments of `calibrate`; the other methods do not look at them.
 
     Raises:
         ValueError: there is no such method, or an option is out of its range.
     """
     if name not in BASELINES:
         raise ValueError(f"`name` must be one of {', '.join(BASELINES)}, got {name!r}.")
-    model = BASELINES[name].apply(base, dict(options or {}))
-    if isinstance(model, PeftModel) and isinstance(model.peft_config["default"], TRPTSConfig):
-        calibrate(model, data, **calibration)
-    return model
+    return BASELINES[name].apply(base, dict(options or {}))
 
 
 # ---- how they go in ----

@@ -3,111 +3,132 @@
     cd examples && python -m benchmarks.grid --suite local --source FOLDER --model MODEL --output runs/grid
 
 Killed and started again, it goes on with the first cell that has no file. Learning rates are picked per task and
-method on validation images, with the first seed; the test images of a cell are read once. Prints the table.
+method on validation images, with the first seed; the test images of a cell are read once. `benchmarks.results` makes
+tables of the cells.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers.utils import logging
+
 from benchmarks.baselines import BASELINES
-from benchmarks.cells import Cell, Recipe, pick_rate, run_cell
-from benchmarks.suites import SUITES, Splits, Task, tasks_of
-from tables import markdown_table
+from benchmarks.cells import Recipe, run_cell, validate
+from benchmarks.start import Pixels, Start
+from benchmarks.suites import SUITES, Task, tasks_of
+from benchmarks.variants import ABLATIONS, METHODS, VARIANTS, Variant
 from trpts_peft.run_folder import write_json
 
-# Around each method's usual rate: a third of it, itself, three times it.
-_SPREAD = (1 / 3, 1.0, 3.0)
+_STEP = 3.0  # between the learning rates that are tried
+
+
+class _Material:
+    """What the cells of a task work on; made when the first of them asks."""
+
+    def __init__(self, task: Task, model: str) -> None:
+        self._task, self._model = task, model
+
+    @cached_property
+    def _splits(self) -> Any:
+        return self._task.load()
+
+    @cached_property
+    def choosing(self) -> tuple[Start, Pixels]:
+        """To choose a rate: where training starts, and the validation images."""
+        start = Start(self._model, self._splits.train, self._splits.classes)
+        return start, Pixels(self._splits.validation, start.processor)
+
+    @cached_property
+    def final(self) -> tuple[Start, Pixels]:
+        """For the result: where training starts, and the test images."""
+        start = Start(self._model, self._splits.full, self._splits.classes)
+        return start, Pixels(self._splits.test, start.processor)
 
 
 def run_grid(
-    tasks: Sequence[Task], methods: Sequence[str], seeds: Sequence[int], model: str, recipe: Recipe, output: Path
-) -> list[dict[str, Any]]:
-    """Run what has no file yet; returns the results of all cells.
+    tasks: Sequence[Task], variants: Sequence[Variant], seeds: Sequence[int], model: str, recipe: Recipe, output: Path
+) -> None:
+    """Run what has no file yet.
 
     Args:
-        tasks, methods, seeds: what is crossed. Rates are picked with the first seed.
+        tasks, variants, seeds: what is crossed. Rates are picked with the first seed.
         model: an image classifier on the Hub or in a folder.
         recipe: how every method is trained.
-        output: where the files lie: `<task>/<method>/rates.json` and `<task>/<method>/seed-<seed>.json`.
+        output: where the files lie: `<task>/<variant>/seed-<seed>.json`, and `rates.json` beside them.
 
     Raises:
         ValueError: a file there is of another model or recipe.
     """
-    found = []
     for task in tasks:
-        splits: Splits | None = None
-        for method in methods:
-            folder = output / task.name / method
-            for seed in seeds:
-                path = folder / f"seed-{seed}.json"
-                if not path.is_file():
-                    splits = splits or task.load()
-                    rate = _rate(folder, splits, Cell(task.name, method, seeds[0]), model, recipe)
-                    print(f"{task.name}, {method}, seed {seed}, learning rate {rate:g}", flush=True)
-                    write_json(path, run_cell(model, splits, Cell(task.name, method, seed), rate, recipe))
-                found.append({"group": task.group, **_read(path, model, recipe)})
-    return found
+        material = _Material(task, model)
+        for seed in seeds:
+            for variant in variants:
+                path = output / task.name / variant.name / f"seed-{seed}.json"
+                if path.is_file():
+                    _check(path, model, recipe)
+                    continue
+                rate = _rate(output / task.name, variant, material, seeds[0], model, recipe)
+                start, test = material.final
+                cell = run_cell(start, task.name, variant, seed, rate, recipe, test)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, {"group": task.group, **cell})
+                accuracy = f"{cell['accuracy']:.2f} % in {cell['training_seconds']:.0f} s"
+                print(f"{task.name}, {variant.name}, seed {seed}, learning rate {rate:g}: {accuracy}", flush=True)
 
 
-def _rate(folder: Path, splits: Splits, cell: Cell, model: str, recipe: Recipe) -> float:
-    """The learning rate that is best on validation images; the lowest of equals."""
-    path = folder / "rates.json"
+def _rate(folder: Path, variant: Variant, material: _Material, seed: int, model: str, recipe: Recipe) -> float:
+    """The learning rate that is best on validation images."""
+    variant = VARIANTS[variant.rate_of] if variant.rate_of else variant
+    path = folder / variant.name / "rates.json"
     if not path.is_file():
-        rates = [round(BASELINES[cell.method].learning_rate * factor, 6) for factor in _SPREAD]
-        print(f"{cell.task}, {cell.method}: rates {rates}", flush=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        accuracies = pick_rate(model, splits, cell, rates, recipe)
-        write_json(path, {"model": model, "recipe": vars(recipe), "validation accuracy": accuracies})
-    accuracy = _read(path, model, recipe)["validation accuracy"]
+        start, validation = material.choosing
+
+        def score(rate: float) -> float:
+            accuracy = validate(start, variant, seed, rate, recipe, validation)
+            print(f"{folder.name}, {variant.name}: learning rate {rate:g}: {accuracy:.1f} % of validation", flush=True)
+            return accuracy
+
+        found = climb(score, BASELINES[variant.method].learning_rate)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        given = {"model": {"name": Path(model).name}, "recipe": asdict(recipe), "seed": seed}
+        write_json(path, {**given, "validation_accuracy": {f"{rate:g}": found[rate] for rate in sorted(found)}})
+    accuracy = _check(path, model, recipe)["validation_accuracy"]
     return float(max(accuracy, key=lambda rate: (accuracy[rate], -float(rate))))
 
 
-def _read(path: Path, model: str, recipe: Recipe) -> dict[str, Any]:
+def climb(score: Callable[[float], float], usual: float) -> dict[float, float]:
+    """{learning rate: score}: steps of three from the usual one, until neither neighbor of the best is better."""
+    found: dict[int, float] = {}
+
+    def at(place: int) -> float:
+        if place not in found:
+            found[place] = score(_nth(usual, place))
+        return found[place]
+
+    place = 0 if at(0) >= at(1) else 1
+    while (best := max((place, place - 1, place + 1), key=at)) != place:
+        place = best
+    return {_nth(usual, place): accuracy for place, accuracy in found.items()}
+
+
+def _nth(usual: float, place: int) -> float:
+    return float(f"{usual * _STEP**place:.3g}")
+
+
+def _check(path: Path, model: str, recipe: Recipe) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if (content["model"], content["recipe"]) != (model, vars(recipe)):
+    if (content["model"]["name"], content["recipe"]) != (Path(model).name, asdict(recipe)):
         raise ValueError(f"`output` must hold cells of this model and recipe, got others in {str(path)!r}.")
     return content
-
-
-def table(cells: Iterable[Mapping[str, Any]]) -> str:
-    """In the form of the paper's tables 2 and 3: a row per method; mean and deviation over seeds, in percent."""
-    by_cell: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
-    for cell in cells:
-        by_cell[cell["method"], cell["task"]].append(cell)
-    methods, tasks = (list(dict.fromkeys(key[place] for key in by_cell)) for place in (0, 1))
-    header = ["method", *tasks, "mean", "Params. %", "file, bytes", "training, s"]
-    return markdown_table(header, [_row(method, tasks, by_cell) for method in methods])
-
-
-def _row(method: str, tasks: Sequence[str], by_cell: Mapping[tuple[str, str], list[Mapping[str, Any]]]) -> list[str]:
-    every = [cell for task in tasks for cell in by_cell.get((method, task), [])]
-    shown, means = [], []
-    for task in tasks:
-        accuracies = [cell["accuracy"] for cell in by_cell.get((method, task), [])]
-        shown.append(_spread(accuracies))
-        means += [statistics.mean(accuracies)] if accuracies else []
-    complete = len(means) == len(tasks)
-    return [
-        method,
-        *shown,
-        f"{statistics.mean(means):.1f}" if complete else "",
-        f"{statistics.mean(cell['parameters']['trainable_percent'] for cell in every):.2f}",
-        f"{statistics.mean(cell['bytes'] for cell in every):,.0f}",
-        f"{statistics.mean(cell['seconds']['training'] for cell in every):.0f}",
-    ]
-
-
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    return f"{values[0]:.1f}" if len(values) == 1 else f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
 def main() -> None:
@@ -117,16 +138,28 @@ def main() -> None:
     parser.add_argument("--source", required=True, help="folder of the suite, or its data set on the Hub")
     parser.add_argument("--model", required=True, help="image classifier: a folder, or an id on the Hub")
     parser.add_argument("--output", type=Path, required=True, help="folder for the cells; may hold some already")
-    parser.add_argument("--tasks", nargs="+", help="only these")
-    parser.add_argument("--methods", nargs="+", default=list(BASELINES), choices=list(BASELINES))
+    parser.add_argument("--tasks", nargs="+", help="only these, in this order")
+    parser.add_argument("--variants", nargs="+", default=list(METHODS), choices=list(VARIANTS), metavar="VARIANT")
+    parser.add_argument("--ablations", action="store_true", help="all variants of TR-PTS instead of the methods")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=Recipe.epochs)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="results depend on their number")
     arguments = parser.parse_args()
-    tasks = [
-        t for t in tasks_of(arguments.suite, arguments.source) if arguments.tasks is None or t.name in arguments.tasks
-    ]
-    recipe = Recipe(epochs=arguments.epochs)
-    print(table(run_grid(tasks, arguments.methods, arguments.seeds, arguments.model, recipe, arguments.output)))
+    logging.set_verbosity_error()  # a line for each cell is enough
+    logging.disable_progress_bar()
+    getLogger("trpts_peft").setLevel("ERROR")
+    torch.set_num_threads(arguments.threads)
+    tasks = {task.name: task for task in tasks_of(arguments.suite, arguments.source)}
+    compared = [variant.name for every in ABLATIONS.values() for variant in every]
+    variants = list(dict.fromkeys(compared)) if arguments.ablations else arguments.variants
+    run_grid(
+        [tasks[name] for name in arguments.tasks or tasks],
+        [VARIANTS[name] for name in variants],
+        arguments.seeds,
+        arguments.model,
+        Recipe(epochs=arguments.epochs),
+        arguments.output,
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,61 @@
+"""The cells of a suite as files hold them, and their means."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Results"]
+
+Cell = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Results:
+    """The cells of one suite.
+
+    Attributes:
+        cells: {variant: {task: cells, one per seed}}.
+        rates: {variant: {task: what was chosen from}}.
+        times: what `benchmarks.times` measured, or empty.
+    """
+
+    cells: Mapping[str, Mapping[str, Sequence[Cell]]]
+    rates: Mapping[str, Mapping[str, Any]]
+    times: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> Results:
+        """From `<task>/<variant>/seed-<n>.json`, `rates.json` beside them, and `times.json`."""
+        cells: dict[str, dict[str, list[Cell]]] = {}
+        rates: dict[str, dict[str, Any]] = {}
+        for path in sorted(folder.glob("*/*/*.json")):
+            content, task, variant = json.loads(path.read_text(encoding="utf-8")), *path.parts[-3:-1]
+            if path.name == "rates.json":
+                rates.setdefault(variant, {})[task] = content["validation_accuracy"]
+            else:
+                cells.setdefault(variant, {}).setdefault(task, []).append(content)
+        times = folder / "times.json"
+        return cls(cells, rates, json.loads(times.read_text(encoding="utf-8"))["to_full"] if times.is_file() else {})
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        """All that have a cell."""
+        return sorted({task for by_task in self.cells.values() for task in by_task})
+
+    def of(self, variant: str, task: str) -> list[float]:
+        """The accuracies of a variant on a task, one per seed."""
+        return [cell["accuracy"] for cell in self.cells.get(variant, {}).get(task, [])]
+
+    def mean(self, variant: str, task: str) -> float:
+        """The mean of `of`."""
+        return statistics.mean(self.of(variant, task))
+
+    def average(self, variant: str, value: Callable[[Cell], float]) -> float:
+        """The mean of a figure over all cells of a variant."""
+        return statistics.mean(value(cell) for cells in self.cells[variant].values() for cell in cells)

@@ -1,0 +1,60 @@
+"""The figures of docs/results.md: what accuracy each method reaches with how much, and what each change does."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+from benchmarks.recorded import Results
+from benchmarks.variants import ABLATIONS, METHODS
+
+__all__ = ["draw_ablations", "draw_methods"]
+
+
+def draw_methods(results: Results, path: Path) -> None:
+    """Mean accuracy over the tasks that all methods have, against the share of the model that trains."""
+    names = [name for name in METHODS if name in results.cells]
+    tasks = [task for task in results.tasks if all(results.of(name, task) for name in names)]
+    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for name in names if tasks else ():
+        share = results.average(name, lambda cell: cell["parameters"]["trainable_percent"])
+        accuracy = statistics.mean(results.mean(name, task) for task in tasks)
+        color = "tab:blue" if name.startswith("trpts") else "gray"
+        axis.plot(share, accuracy, "o", color=color)
+        axis.annotate(name, (share, accuracy), xytext=(5, 3), textcoords="offset points", fontsize=9, color=color)
+    axis.set_xscale("log")
+    axis.margins(x=0.15, y=0.1)
+    axis.set_xlabel("trained, % of the model (head included)")
+    axis.set_ylabel(f"accuracy, %, mean of {len(tasks)} tasks")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_ablations(results: Results, path: Path) -> None:
+    """Accuracy minus that of `trpts`, a row per variant, a dot per task and seed."""
+    own = [v.name for compared in ABLATIONS.values() for v in compared if v.name not in METHODS]
+    tasks = [task for task in results.tasks if all(results.of(name, task) for name in [*own, "trpts"])]
+    figure, axis = plt.subplots(figsize=(7, 0.26 * len(own) + 1.2), layout="constrained")
+    for number, task in enumerate(tasks):
+        default = results.mean("trpts", task)
+        points = [(value - default, row) for row, name in enumerate(own) for value in results.of(name, task)]
+        offset = 0.2 * (number - (len(tasks) - 1) / 2)
+        axis.plot([x for x, _ in points], [row + offset for _, row in points], "o", ms=4, label=task)
+        spread = [value - default for value in results.of("trpts", task)]
+        axis.axvspan(min(spread), max(spread), color=f"C{number}", alpha=0.15)
+    axis.axvline(0, color="black", lw=0.8)
+    axis.set_yticks(range(len(own)), own, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("accuracy minus the mean of trpts, points; shaded: the seeds of trpts")
+    if tasks:
+        axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,128 @@
+"""Where all methods start on a task: the images in memory, one fitted head, and the scores of the base's weights.
+
+Measured once for a set of training images and used by every cell; `calibrate` would measure the same anew in each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from datasets import Dataset as Rows
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel
+
+from trpts_peft import FisherScores, estimate_fisher
+from trpts_peft.data import Batches
+from trpts_peft.finetuning import load_classifier, load_processor
+from trpts_peft.head import find_head, num_labels
+from trpts_peft.image_data import with_pixel_values
+from trpts_peft.measurement import collect_features
+from trpts_peft.probe import LinearProbe, fit_linear_probe
+
+__all__ = ["Pixels", "Start", "batch_fisher"]
+
+
+class Pixels(Dataset[dict[str, Tensor]]):
+    """Images as a model takes them, all in memory: `pixel_values` float32 (n, 3, H, W) and `labels` int64 (n,)."""
+
+    def __init__(self, rows: Rows, processor: Any) -> None:
+        batch = with_pixel_values(rows, processor)[:]
+        self.pixel_values, self.labels = torch.stack(batch["pixel_values"]), batch["labels"]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"pixel_values": self.pixel_values[index], "labels": self.labels[index]}
+
+    def digest(self) -> str:
+        """Of all pixels and labels: equal for equal images that were decoded and resized equally."""
+        return _digest([self.pixel_values, self.labels])
+
+
+class Start:
+    """The model and the training images that every cell of a task starts with."""
+
+    def __init__(self, model: str, train: Rows, classes: int) -> None:
+        """
+        Args:
+            model: an image classifier on the Hub or in a folder.
+            train: rows of `image` and `labels`.
+            classes: number of classes.
+        """
+        self.model, self.classes = model, classes
+        self.processor = load_processor(model)
+        self.pixels = Pixels(train, self.processor)
+        self._probe: LinearProbe | None = None
+        self._scores: dict[str, FisherScores] = {}
+
+    def base(self, probed_head: bool = True) -> PreTrainedModel:
+        """The model with a head for the task: fitted, or drawn by the seed that is set."""
+        base = load_classifier(self.model, [str(label) for label in range(self.classes)])
+        if probed_head:
+            probe = self.probe()
+            find_head(base, "default").write(probe.weight, probe.bias)
+        return base
+
+    def probe(self) -> LinearProbe:
+        """The head that `calibrate` fits on these images."""
+        if self._probe is None:
+            with _unseeded():
+                base = self.base(probed_head=False)
+                head, batches = find_head(base, "default"), Batches(self.pixels, base, num_samples=None, batch_size=32)
+                features, labels = collect_features(base, batches, head, progress=False)
+                bias = head.linear.bias is not None
+                self._probe = fit_linear_probe(features, labels, num_labels(head), fit_bias=bias)
+        return self._probe
+
+    def scores(self, importance: str, scoring: Mapping[str, Any]) -> FisherScores:
+        """Of the base with the fitted head; `scoring` as for `Variant`."""
+        key = json.dumps([importance, dict(scoring)], sort_keys=True)
+        if key not in self._scores:
+            with _unseeded():
+                base = self.base()
+                if "per_batch" in scoring:
+                    self._scores[key] = batch_fisher(base, self.pixels, scoring["per_batch"])
+                else:
+                    found = estimate_fisher(base, self.pixels, score=importance, progress=False, **scoring)
+                    self._scores[key] = found
+        return self._scores[key]
+
+    def weights_digest(self) -> str:
+        """Of the backbone's weights."""
+        base = self.base()
+        head = find_head(base, "default").name
+        return _digest([value for name, value in sorted(base.state_dict().items()) if not name.startswith(f"{head}.")])
+
+
+def batch_fisher(base: PreTrainedModel, pixels: Pixels, batch_size: int) -> FisherScores:
+    """The mean over batches of (∂L/∂W)², L the mean loss of a batch: an inexact eq. 2 that the peers compute."""
+    scored = {n: m for n, m in base.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in f".{n}"}
+    weights = [linear.weight for linear in scored.values()]
+    sums, count = [torch.zeros_like(weight) for weight in weights], 0
+    base.eval()
+    for batch in torch.utils.data.DataLoader(pixels, batch_size):
+        for total, gradient in zip(sums, torch.autograd.grad(base(**batch).loss, weights), strict=True):
+            total += gradient.square()
+        count += 1
+    return FisherScores(dict(zip(scored, (total / count for total in sums), strict=True)), len(pixels))
+
+
+@contextmanager
+def _unseeded() -> Iterator[None]:
+    """Within, what is drawn leaves no trace: whoever measures first draws nothing else than who comes later."""
+    with torch.random.fork_rng(devices=[]):
+        yield
+
+
+def _digest(tensors: list[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,83 @@
+"""Tables and figures are those of the recorded cells, and the page shows them as they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.recorded import Results
+from benchmarks.results import ablation_table, comparison_table, filled, method_table, rate_table
+from benchmarks.results_figures import draw_ablations, draw_methods
+from benchmarks.variants import ABLATIONS
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    """`write(variant, {task: accuracies, one per seed})`, then `write.results()`."""
+
+    def cells(variant: str, accuracies: dict[str, list[float]], percent: float = 1.5) -> None:
+        for task, values in accuracies.items():
+            folder = tmp_path / task / variant
+            folder.mkdir(parents=True)
+            shares = {"trainable_percent": percent, "trainable_percent_without_head": percent / 2}
+            for seed, value in enumerate(values):
+                cell = {"accuracy": value, "parameters": shares, "bytes": 2000}
+                (folder / f"seed-{seed}.json").write_text(json.dumps(cell))
+
+    cells.folder = tmp_path
+    cells.results = lambda: Results.read(tmp_path)
+    return cells
+
+
+def test_the_table_of_methods(write: Any) -> None:
+    write("lora", {"a": [70.0]})
+    write("full", {"a": [50.0, 60.0], "b": [80.0]}, percent=100.0)
+    (write.folder / "times.json").write_text('{"to_full": {"full": {"training": 1.0, "prediction": 1.0}}}')
+    lines = method_table(write.results()).splitlines()
+    assert lines[0] == "| method | a | b | mean | Params. % | file, kB | step / full | prediction / full |"
+    assert lines[2] == "| full | 55.0 ± 7.1 | 80.0 | 67.5 | 100.00 | 2 | 1.00 | 1.00 |"
+    assert lines[3] == "| lora | 70.0 |  |  | 1.50 | 2 |  |  |"
+
+
+def test_comparisons_are_task_by_task(write: Any) -> None:
+    write("trpts", {"a": [60.0, 62.0], "b": [80.0], "c": [10.0]})
+    write("lora", {"a": [60.0], "b": [83.0]})
+    assert comparison_table(write.results()).splitlines()[2:] == ["| lora | 2 | 1 | -1.0 ± 2.0 | -3.0 | +1.0 |"]
+
+
+def test_the_rates_that_were_chosen(write: Any) -> None:
+    write("lora", {"a": [1.0], "b": [1.0]})
+    rates = {"validation_accuracy": {"0.003": 50.0, "0.01": 60.0, "0.03": 60.0}}
+    (write.folder / "b" / "lora" / "rates.json").write_text(json.dumps(rates))
+    assert rate_table(write.results()).splitlines()[2:] == ["| lora |  | 0.01 |"]
+
+
+def test_an_ablation_shows_tasks_that_have_all_of_it(write: Any) -> None:
+    write("trpts", {"a": [50.0], "b": [70.0]})
+    write("no-bias", {"b": [60.0, 70.0]}, percent=1.0)
+    lines = ablation_table(write.results(), "biases").splitlines()
+    assert lines[0] == "| variant | b | mean | trained % of the backbone |"
+    assert lines[2:] == ["| trpts | 70.0 | 70.0 | 0.75 |", "| no-bias | 65.0 ± 7.1 | 65.0 | 0.50 |"]
+
+
+def test_tables_stand_between_their_marks(write: Any) -> None:
+    write("trpts", {"a": [50.0]})
+    page = "x\n<!-- table: one/methods -->\nold\n<!-- end -->\ny\n<!-- table: one/biases -->\n<!-- end -->\n"
+    new = filled(page, {"one": write.results()})
+    assert new.startswith("x\n<!-- table: one/methods -->\n| method |") and "old" not in new and "\ny\n" in new
+    assert filled(new, {"one": write.results()}) == new
+    with pytest.raises(KeyError):
+        filled(page.replace("biases", "biasses"), {"one": write.results()})
+
+
+@pytest.mark.parametrize("draw", [draw_methods, draw_ablations])
+@pytest.mark.parametrize("complete", [True, False])
+def test_figures_are_drawn(write: Any, tmp_path: Path, draw: Any, complete: bool) -> None:
+    names = {v.name for compared in ABLATIONS.values() for v in compared}
+    for number, name in enumerate(sorted(names) if complete else ["trpts"]):
+        write(name, {"a": [50.0 + number, 51.0], "b": [60.0]})
+    draw(write.results(), tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 5000

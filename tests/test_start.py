@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.data import default_collate
 
 from benchmarks.start import Pixels, batch_fisher
 from tasks import Given
@@ -43,8 +44,8 @@ def test_batch_fisher_squares_the_gradient_of_each_batch(given: Given) -> None:
     scores, linear = batch_fisher(base, pixels, 8), base.vit.layers[1].attention.q_proj
     expected = torch.zeros_like(linear.weight)
     for first in (0, 8):  # 15 images: eight and seven
-        batch = slice(first, first + 8)
-        loss = F.cross_entropy(base(pixel_values=pixels.pixel_values[batch]).logits, pixels.labels[batch])
+        batch = default_collate([pixels[index] for index in range(first, min(first + 8, 15))])
+        loss = F.cross_entropy(base(pixel_values=batch["pixel_values"]).logits, batch["labels"])
         expected += torch.autograd.grad(loss, linear.weight)[0].square() / 2
     assert torch.allclose(scores["vit.layers.1.attention.q_proj"], expected, rtol=1e-4, atol=1e-10)
     assert set(scores) == set(start.scores("fisher", {}))

@@ -2,17 +2,19 @@
 
     cd examples && python -m benchmarks.grid --suite local --source FOLDER --model MODEL --output runs/grid
 
-Killed and started again, it goes on with the first cell that has no file. Learning rates are picked per task and
-method on validation images, with the first seed; the test images of a cell are read once. `benchmarks.results` makes
-tables of the cells.
+Killed and started again, it goes on with the first cell that has no file. Learning rates are picked per method on
+validation images, with the first seed: on those of each task, or once for all tasks on those of a few (`--choosing`).
+The test images of a cell are read once. `benchmarks.results` makes tables of the cells.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from logging import getLogger
 from pathlib import Path
@@ -35,7 +37,7 @@ class _Material:
     """What the cells of a task work on; made when the first of them asks."""
 
     def __init__(self, task: Task, model: str) -> None:
-        self._task, self._model = task, model
+        self.name, self._task, self._model = task.name, task, model
 
     @cached_property
     def _splits(self) -> Any:
@@ -54,55 +56,79 @@ class _Material:
         return start, Pixels(self._splits.test, start.processor)
 
 
-def run_grid(
-    tasks: Sequence[Task], variants: Sequence[Variant], seeds: Sequence[int], model: str, recipe: Recipe, output: Path
-) -> None:
-    """Run what has no file yet.
+@dataclass(frozen=True)
+class Grid:
+    """Cells of one model and recipe in a folder.
 
-    Args:
-        tasks, variants, seeds: what is crossed. Rates are picked with the first seed.
+    Attributes:
         model: an image classifier on the Hub or in a folder.
         recipe: how every method is trained.
-        output: where the files lie: `<task>/<variant>/seed-<seed>.json`, and `rates.json` beside them.
-
-    Raises:
-        ValueError: a file there is of another model or recipe.
+        output: where the files lie: `<task>/<variant>/seed-<seed>.json`, and `rates.json` beside them, which holds
+            what each learning rate gave there.
     """
-    for task in tasks:
-        material = _Material(task, model)
-        for seed in seeds:
-            for variant in variants:
-                path = output / task.name / variant.name / f"seed-{seed}.json"
+
+    model: str
+    recipe: Recipe
+    output: Path
+
+    def run(
+        self, tasks: Sequence[Task], variants: Sequence[Variant], seeds: Sequence[int], choosing: Sequence[Task] = ()
+    ) -> None:
+        """Run what has no file yet.
+
+        Args:
+            tasks, variants, seeds: what is crossed. Rates are picked with the first seed.
+            choosing: the tasks on whose validation images, on average, a variant's learning rate is picked; none: on
+                those of the task itself.
+
+        Raises:
+            ValueError: a file there is of another model or recipe.
+        """
+        materials = {task.name: _Material(task, self.model) for task in [*tasks, *choosing]}
+        for task in tasks:
+            asked = [materials[other.name] for other in choosing or [task]]
+            for seed, variant in itertools.product(seeds, variants):
+                path = self.output / task.name / variant.name / f"seed-{seed}.json"
                 if path.is_file():
-                    _check(path, model, recipe)
+                    self._read(path)
                     continue
-                rate = _rate(output / task.name, variant, material, seeds[0], model, recipe)
-                start, test = material.final
-                cell = run_cell(start, task.name, variant, seed, rate, recipe, test)
+                rate = self._rate(variant, asked, seeds[0])
+                start, test = materials[task.name].final
+                cell = run_cell(start, task.name, variant, seed, rate, self.recipe, test)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(path, {"group": task.group, **cell})
                 accuracy = f"{cell['accuracy']:.2f} % in {cell['training_seconds']:.0f} s"
                 print(f"{task.name}, {variant.name}, seed {seed}, learning rate {rate:g}: {accuracy}", flush=True)
 
-
-def _rate(folder: Path, variant: Variant, material: _Material, seed: int, model: str, recipe: Recipe) -> float:
-    """The learning rate that is best on validation images."""
-    variant = VARIANTS[variant.rate_of] if variant.rate_of else variant
-    path = folder / variant.name / "rates.json"
-    if not path.is_file():
-        start, validation = material.choosing
+    def _rate(self, variant: Variant, asked: Sequence[_Material], seed: int) -> float:
+        """The learning rate that is best on validation images; the lowest of equals."""
+        variant = VARIANTS[variant.rate_of] if variant.rate_of else variant
 
         def score(rate: float) -> float:
-            accuracy = validate(start, variant, seed, rate, recipe, validation)
-            print(f"{folder.name}, {variant.name}: learning rate {rate:g}: {accuracy:.1f} % of validation", flush=True)
-            return accuracy
+            return statistics.mean(self._validated(variant, task, seed, rate) for task in asked)
 
         found = climb(score, BASELINES[variant.method].learning_rate)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        given = {"model": {"name": Path(model).name}, "recipe": asdict(recipe), "seed": seed}
-        write_json(path, {**given, "validation_accuracy": {f"{rate:g}": found[rate] for rate in sorted(found)}})
-    accuracy = _check(path, model, recipe)["validation_accuracy"]
-    return float(max(accuracy, key=lambda rate: (accuracy[rate], -float(rate))))
+        return max(found, key=lambda rate: (found[rate], -rate))
+
+    def _validated(self, variant: Variant, task: _Material, seed: int, rate: float) -> float:
+        """The accuracy on a task's validation images after training at a rate; from its file, if it is there."""
+        path = self.output / task.name / variant.name / "rates.json"
+        given = {"model": {"name": Path(self.model).name}, "recipe": asdict(self.recipe), "seed": seed}
+        content = self._read(path) if path.is_file() else {**given, "validation_accuracy": {}}
+        found: dict[str, float] = content["validation_accuracy"]
+        if f"{rate:g}" not in found:
+            start, validation = task.choosing
+            accuracy = found[f"{rate:g}"] = validate(start, variant, seed, rate, self.recipe, validation)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, content)
+            print(f"{task.name}, {variant.name}: learning rate {rate:g}: {accuracy:.1f} % of validation", flush=True)
+        return found[f"{rate:g}"]
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if (content["model"]["name"], content["recipe"]) != (Path(self.model).name, asdict(self.recipe)):
+            raise ValueError(f"`output` must hold cells of this model and recipe, got others in {str(path)!r}.")
+        return content
 
 
 def climb(score: Callable[[float], float], usual: float) -> dict[float, float]:
@@ -124,13 +150,6 @@ def _nth(usual: float, place: int) -> float:
     return float(f"{usual * _STEP**place:.3g}")
 
 
-def _check(path: Path, model: str, recipe: Recipe) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if (content["model"]["name"], content["recipe"]) != (Path(model).name, asdict(recipe)):
-        raise ValueError(f"`output` must hold cells of this model and recipe, got others in {str(path)!r}.")
-    return content
-
-
 def main() -> None:
     """Run the grid that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -141,6 +160,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", help="only these, in this order")
     parser.add_argument("--variants", nargs="+", default=list(METHODS), choices=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--ablations", action="store_true", help="all variants of TR-PTS instead of the methods")
+    parser.add_argument("--choosing", nargs="+", default=[], metavar="TASK", help="choose learning rates on these")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=Recipe.epochs)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="results depend on their number")
@@ -152,14 +172,9 @@ def main() -> None:
     tasks = {task.name: task for task in tasks_of(arguments.suite, arguments.source)}
     compared = [variant.name for every in ABLATIONS.values() for variant in every]
     variants = list(dict.fromkeys(compared)) if arguments.ablations else arguments.variants
-    run_grid(
-        [tasks[name] for name in arguments.tasks or tasks],
-        [VARIANTS[name] for name in variants],
-        arguments.seeds,
-        arguments.model,
-        Recipe(epochs=arguments.epochs),
-        arguments.output,
-    )
+    grid = Grid(arguments.model, Recipe(epochs=arguments.epochs), arguments.output)
+    chosen = [tasks[name] for name in arguments.tasks or tasks]
+    grid.run(chosen, [VARIANTS[n] for n in variants], arguments.seeds, [tasks[n] for n in arguments.choosing])
 
 
 if __name__ == "__main__":

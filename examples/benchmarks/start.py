@@ -1,4 +1,4 @@
-"""Where all methods start on a task: the images in memory, one fitted head, and the scores of the base's weights.
+"""Where all methods start on a task: the images, one fitted head, and the scores of the base's weights.
 
 Measured once for a set of training images and used by every cell; `calibrate` would measure the same anew in each.
 """
@@ -27,23 +27,32 @@ from trpts_peft.probe import LinearProbe, fit_linear_probe
 
 __all__ = ["Pixels", "Start", "batch_fisher"]
 
+_IN_MEMORY = 2**30  # bytes
+
 
 class Pixels(Dataset[dict[str, Tensor]]):
-    """Images as a model takes them, all in memory: `pixel_values` float32 (n, 3, H, W) and `labels` int64 (n,)."""
+    """Images as a model takes them: `pixel_values` float32 (3, H, W) and `labels` int64.
+
+    They stay in memory, where all together take no more than a gibibyte, and are read anew each time else.
+    """
 
     def __init__(self, rows: Rows, processor: Any) -> None:
-        batch = with_pixel_values(rows, processor)[:]
-        self.pixel_values, self.labels = torch.stack(batch["pixel_values"]), batch["labels"]
+        self._rows, self.labels = with_pixel_values(rows, processor), torch.tensor(rows["labels"])
+        kept = len(rows) * self._rows[0]["pixel_values"].nbytes <= _IN_MEMORY
+        self._kept = torch.stack(self._rows[:]["pixel_values"]) if kept else None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"pixel_values": self.pixel_values[index], "labels": self.labels[index]}
+        kept = self._kept
+        pixel_values = kept[index] if kept is not None else self._rows[index]["pixel_values"]
+        return {"pixel_values": pixel_values, "labels": self.labels[index]}
 
     def digest(self) -> str:
-        """Of all pixels and labels: equal for equal images that were decoded and resized equally."""
-        return _digest([self.pixel_values, self.labels])
+        """Of all labels and of 64 images: equal for equal images that were decoded and resized equally."""
+        places = torch.linspace(0, len(self) - 1, min(64, len(self))).long().tolist()
+        return _digest([self.labels, *(self[place]["pixel_values"] for place in places)])
 
 
 class Start:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.utils.data import default_collate
 
 from benchmarks.cells import machine, network, versions
 from benchmarks.start import Start
@@ -30,7 +31,7 @@ _BATCH = 32
 
 def times(start: Start, variants: Sequence[Variant], repeats: int) -> dict[str, dict[str, float]]:
     """{variant: {"training", "prediction"}}: medians of ratios to full fine-tuning, which must be among `variants`."""
-    batch = {key: start.pixels[:_BATCH][key] for key in ("pixel_values", "labels")}
+    batch = default_collate([start.pixels[index] for index in range(_BATCH)])
     models = {variant.name: network(start, variant, seed=0) for variant in variants}
     predicting = {name: inference(_merged(copy.deepcopy(model)), batch) for name, model in models.items()}
     steps = {name: training_step(model) for name, model in models.items()}

@@ -72,8 +72,9 @@ class Start:
         self._scores: dict[str, FisherScores] = {}
 
     def base(self, probed_head: bool = True) -> PreTrainedModel:
-        """The model with a head for the task: fitted, or drawn by the seed that is set."""
+        """The model with a head for the task, fitted or drawn by the seed that is set, where it is going to train."""
         base = load_classifier(self.model, [str(label) for label in range(self.classes)])
+        base.to(torch.accelerator.current_accelerator() or "cpu")
         if probed_head:
             probe = self.probe()
             find_head(base, "default").write(probe.weight, probe.bias)
@@ -117,10 +118,11 @@ def batch_fisher(base: PreTrainedModel, pixels: Pixels, batch_size: int) -> Fish
     sums, count = [torch.zeros_like(weight) for weight in weights], 0
     base.eval()
     for batch in torch.utils.data.DataLoader(pixels, batch_size):
-        for total, gradient in zip(sums, torch.autograd.grad(base(**batch).loss, weights), strict=True):
+        loss = base(**{name: tensor.to(base.device) for name, tensor in batch.items()}).loss
+        for total, gradient in zip(sums, torch.autograd.grad(loss, weights), strict=True):
             total += gradient.square()
         count += 1
-    return FisherScores(dict(zip(scored, (total / count for total in sums), strict=True)), len(pixels))
+    return FisherScores(dict(zip(scored, ((total / count).cpu() for total in sums), strict=True)), len(pixels))
 
 
 @contextmanager

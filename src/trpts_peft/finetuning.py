@@ -41,10 +41,12 @@ from .run_folder import SETTINGS, check_data, check_output, last_checkpoint, rea
 __all__ = [
     "FinetuneRun",
     "FinetuneSettings",
+    "check_finite",
     "finished",
     "load_classifier",
     "load_processor",
     "prepare",
+    "saved_under_own_names",
 ]
 
 _CALIBRATED = "calibrated"
@@ -161,11 +163,11 @@ class FinetuneRun:
         """
         trainer = self._trainer()
         checkpoint = last_checkpoint(self._checkpoints)
-        with _timed(self.seconds, "training"), _saved_under_own_names(self.model):
+        with _timed(self.seconds, "training"), saved_under_own_names(self.model):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         with _timed(self.seconds, "testing"):
             metrics = trainer.evaluate()
-        _check_finite(self.model, metrics["eval_loss"], self.settings.peak_learning_rate)
+        check_finite(self.model, metrics["eval_loss"], self.settings.peak_learning_rate)
         resumed = 0 if checkpoint is None else step_of(checkpoint)
         results: dict[str, Any] = {}
         if self.state.is_main_process:
@@ -337,7 +339,8 @@ def _check_fit(base: nn.Module, data: ImageData, processor: Any) -> None:
         ) from error
 
 
-def _check_finite(model: nn.Module, loss: float, learning_rate: float) -> None:
+def check_finite(model: nn.Module, loss: float, learning_rate: float) -> None:
+    """Refuse a model that has diverged, with `loss` on its test images, before anything of it is saved."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not math.isfinite(loss) or not all(bool(parameter.isfinite().all()) for parameter in trained):
         raise FloatingPointError(
@@ -398,7 +401,7 @@ def _accuracy(evaluated: EvalPrediction) -> dict[str, float]:
 
 
 @contextmanager
-def _saved_under_own_names(model: nn.Module) -> Iterator[None]:
+def saved_under_own_names(model: nn.Module) -> Iterator[None]:
     """Within, checkpoints hold a whole model under the names that its parameters have.
 
     transformers 5 saves a ViT under the names of older releases, and Trainer looks for today's when it resumes: it
@@ -407,7 +410,7 @@ def _saved_under_own_names(model: nn.Module) -> Iterator[None]:
     if isinstance(model, PeftModel):
         yield
         return
-    conversions = cast(Any, model)._weight_conversions
+    conversions = getattr(model, "_weight_conversions", None)  # a model that was not loaded has none
     cast(Any, model)._weight_conversions = []
     try:
         yield

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from datasets import Dataset
 from PIL import Image, ImageOps
-from transformers import EvalPrediction, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
+from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from trpts_peft.finetuning import check_finite, saved_under_own_names
 from trpts_peft.image_data import ImageData, load_image_data, with_pixel_values
-from trpts_peft.metrics import ClassificationAccuracy
+from trpts_peft.metrics import accuracy_of
 from trpts_peft.run_folder import SETTINGS, check_data, check_output, last_checkpoint, read_json, write_json
 
 SIZES = {"xs": (128, 12, 4), "tiny": (192, 12, 3), "small": (384, 12, 6)}  # width, blocks, heads
@@ -130,7 +130,7 @@ def new_trainer(settings: Mapping[str, Any], data: ImageData) -> Trainer:
         train_dataset=with_random_crops(data.train, processor),
         eval_dataset=with_pixel_values(data.test, processor),
         processing_class=processor,
-        compute_metrics=_accuracy,
+        compute_metrics=accuracy_of,
     )
 
 
@@ -143,11 +143,6 @@ def device_options() -> dict[str, Any]:
         "dataloader_num_workers": min(8, os.cpu_count() or 1) if cuda else 0,
         "dataloader_pin_memory": cuda,
     }
-
-
-def _accuracy(evaluated: EvalPrediction) -> dict[str, float]:
-    metric = ClassificationAccuracy(keep_in_memory=True)
-    return metric.compute(predictions=evaluated.predictions.argmax(-1), references=evaluated.label_ids)
 
 
 def pretrain(settings: Mapping[str, Any]) -> dict[str, Any]:

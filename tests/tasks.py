@@ -33,7 +33,7 @@ class Given:
         splits = self.tasks[0].load()
         return Start(self.model, splits.full, splits.classes)
 
-    def test(self, start: Start) -> Pixels:
+    def test_images(self, start: Start) -> Pixels:
         return Pixels(self.tasks[0].load().test, start.processor)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import again, grid
 from tasks import Given, command
@@ -43,8 +44,14 @@ def test_what_differs_is_named(given: Given, cell: Path, monkeypatch: pytest.Mon
 
 def test_every_setting_counts(given: Given, cell: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = json.loads(cell.read_text())["recipe"]
+    machine = {**json.loads(cell.read_text())["machine"], "threads": 2}
     for values in ({"seed": 1}, {"learning_rate": 0.5}, {"recipe": {**recipe, "batch_size": 4}}):
         original = cell.read_text()
         with pytest.raises(SystemExit, match=r"^1$"):
             command(monkeypatch, again.main, given, changed(cell, **values))
         cell.write_text(original)
+    changed(cell, machine=machine)
+    with pytest.raises(SystemExit):
+        command(monkeypatch, again.main, given, cell)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)

@@ -21,9 +21,9 @@ SMALL = {**SETTINGS, "token_layers": 1, "keep_rate": 0.5}  # of a ViT with four 
 @pytest.mark.parametrize("name", ["trpts", "lora"])
 def test_a_cell_run_again_gives_its_number(given: Given, name: str) -> None:
     start = given.start()
-    test = given.test(start)
+    test = given.test_images(start)
     first, again, other = (
-        run_cell(s, "a", METHODS[name], seed, 0.01, RECIPE, test)
+        run_cell(s, test, "a", METHODS[name], seed, 0.01, RECIPE)
         for s, seed in ((start, 0), (given.start(), 0), (start, 1))
     )
     assert first.pop("training_seconds") > 0 and again.pop("training_seconds") > 0
@@ -34,14 +34,36 @@ def test_a_cell_run_again_gives_its_number(given: Given, name: str) -> None:
     assert given.source not in json.dumps(first) and first["model"]["name"] == "base"
 
 
+def test_a_cell_is_the_same_whatever_ran_before(given: Given) -> None:
+    """LoRA draws its start; the probe and the scores, measured or not yet, must not move the draw."""
+    fresh, used = given.start(), given.start()
+    used.scores("fisher", {"labels": "model"})
+    states = [network(start, METHODS["lora"], seed=5).state_dict() for start in (fresh, used, used)]
+    assert all(torch.equal(states[0][name], state[name]) for state in states[1:] for name in state)
+
+
+def test_what_is_drawn_differs_between_seeds(given: Given) -> None:
+    start = given.start()
+    placed = Variant("x", "trpts", {**SMALL, "importance": "random"}, draws=True)
+    columns = [network(start, placed, seed).state_dict()["base_model.model.vit.layers.0.mlp.fc1.trpts_columns.default"]
+               for seed in (1, 1, 2)]  # fmt: skip
+    assert torch.equal(columns[0], columns[1]) and not torch.equal(columns[0], columns[2])
+
+
+def test_a_run_that_diverged_is_recorded(given: Given) -> None:
+    start = given.start()
+    cell = run_cell(start, given.test_images(start), "a", METHODS["full"], 0, 1e30, RECIPE)
+    assert cell["loss"] is None and json.dumps(cell, allow_nan=False)
+
+
 def test_all_methods_start_from_one_head(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a step, what is scored is the probe, the same under every method."""
     start = given.start()
-    test = given.test(start)
+    test = given.test_images(start)
     monkeypatch.setattr(cells.Trainer, "train", lambda self: None)
 
     def loss(variant: Variant) -> float:
-        return run_cell(start, "a", variant, 0, 0.01, RECIPE, test)["loss"]
+        return run_cell(start, test, "a", variant, 0, 0.01, RECIPE)["loss"]
 
     losses = [loss(METHODS[name]) for name in ("linear", "lora", "trpts-all-tokens")]
     assert losses == pytest.approx(losses[:1] * 3, rel=1e-5)
@@ -99,7 +121,7 @@ def test_the_recipe_is_followed(given: Given, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
     start = given.start()
     recipe = Recipe(epochs=5, batch_size=8, warmup=0.2)
-    run_cell(start, "a", METHODS["linear"], 0, 0.1, recipe, given.test(start))
+    run_cell(start, given.test_images(start), "a", METHODS["linear"], 0, 0.1, recipe)
     assert len(seen) == 10  # 15 images: two steps an epoch
     assert seen[:3] == [0.0, 0.05, 0.1]
     assert seen[6] == pytest.approx(0.05) and all(a > b for a, b in pairwise(seen[2:]))

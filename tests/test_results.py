@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
 from benchmarks.recorded import Results
 from benchmarks.results import ablation_table, comparison_table, filled, method_table, rate_table
 from benchmarks.results_figures import draw_ablations, draw_methods
-from benchmarks.variants import ABLATIONS
+from benchmarks.variants import ABLATIONS, METHODS
 
 
 @pytest.fixture
@@ -24,7 +26,7 @@ def write(tmp_path: Path) -> Any:
             folder.mkdir(parents=True)
             shares = {"trainable_percent": percent, "trainable_percent_without_head": percent / 2}
             for seed, value in enumerate(values):
-                cell = {"accuracy": value, "parameters": shares, "bytes": 2000}
+                cell = {"learning_rate": 0.01, "accuracy": value, "parameters": shares, "bytes": 2000}
                 (folder / f"seed-{seed}.json").write_text(json.dumps(cell))
 
     cells.folder = tmp_path
@@ -50,13 +52,14 @@ def test_comparisons_are_task_by_task(write: Any) -> None:
 
 def test_the_rates_that_were_chosen(write: Any) -> None:
     write("lora", {"a": [1.0], "b": [1.0]})
-    rates = {"validation_accuracy": {"0.003": 50.0, "0.01": 60.0, "0.03": 60.0}}
-    (write.folder / "b" / "lora" / "rates.json").write_text(json.dumps(rates))
-    assert rate_table(write.results()).splitlines()[2:] == ["| lora |  | 0.01 |"]
+    for task, rates in {"a": {"0.003": 50.0, "0.01": 60.0}, "b": {"0.003": 51.0, "0.01": 62.0, "0.03": 1.0}}.items():
+        (write.folder / task / "lora" / "rates.json").write_text(json.dumps({"accuracy": rates}))
+    assert rate_table(write.results()).splitlines()[2:] == ["| lora | 0.003: 50.5, **0.01: 61.0** |"]
 
 
 def test_an_ablation_shows_tasks_that_have_all_of_it(write: Any) -> None:
-    write("trpts", {"a": [50.0], "b": [70.0]})
+    write("trpts", {"a": [50.0]}, percent=9.0)
+    write("trpts", {"b": [70.0]})
     write("no-bias", {"b": [60.0, 70.0]}, percent=1.0)
     lines = ablation_table(write.results(), "biases").splitlines()
     assert lines[0] == "| variant | b | mean | trained % of the backbone |"
@@ -75,9 +78,18 @@ def test_tables_stand_between_their_marks(write: Any) -> None:
 
 @pytest.mark.parametrize("draw", [draw_methods, draw_ablations])
 @pytest.mark.parametrize("complete", [True, False])
-def test_figures_are_drawn(write: Any, tmp_path: Path, draw: Any, complete: bool) -> None:
+def test_figures_are_drawn(write: Any, tmp_path: Path, monkeypatch: Any, draw: Any, complete: bool) -> None:
     names = {v.name for compared in ABLATIONS.values() for v in compared}
     for number, name in enumerate(sorted(names) if complete else ["trpts"]):
         write(name, {"a": [50.0 + number, 51.0], "b": [60.0]})
+    drawn: list[float] = []
+    plot = Axes.plot
+    monkeypatch.setattr(
+        Axes, "plot", lambda self, x, y, *a, **k: drawn.extend(np.atleast_1d(y)) or plot(self, x, y, *a, **k)
+    )
     draw(write.results(), tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").stat().st_size > 5000
+    assert (tmp_path / "figure.png").is_file()
+    methods = sum(name in METHODS for name in names) if complete else 1
+    assert (
+        len(drawn) == {"draw_methods": methods, "draw_ablations": 3 * (len(names) - methods) * complete}[draw.__name__]
+    )

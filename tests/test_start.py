@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
-from benchmarks.start import Pixels, batch_fisher
+from benchmarks import start as start_module
+from benchmarks.start import Pixels, Start, batch_fisher, weights_digest
+from pictures import write_base
 from tasks import Given
 from trpts_peft.head import find_head
 
@@ -39,26 +43,47 @@ def test_scores_are_kept_apart(given: Given) -> None:
 
 
 def test_batch_fisher_squares_the_gradient_of_each_batch(given: Given) -> None:
+    """Batches are drawn: rows come sorted by class."""
     start = given.start()
     base, pixels = start.base().eval(), start.pixels
     scores, linear = batch_fisher(base, pixels, 8), base.vit.layers[1].attention.q_proj
+    order = torch.randperm(15, generator=torch.Generator().manual_seed(0)).tolist()
     expected = torch.zeros_like(linear.weight)
-    for first in (0, 8):  # 15 images: eight and seven
-        batch = default_collate([pixels[index] for index in range(first, min(first + 8, 15))])
+    for places in (order[:8], order[8:]):
+        batch = default_collate([pixels[place] for place in places])
+        assert len(set(batch["labels"].tolist())) > 1
         loss = F.cross_entropy(base(pixel_values=batch["pixel_values"]).logits, batch["labels"])
         expected += torch.autograd.grad(loss, linear.weight)[0].square() / 2
     assert torch.allclose(scores["vit.layers.1.attention.q_proj"], expected, rtol=1e-4, atol=1e-10)
     assert set(scores) == set(start.scores("fisher", {}))
 
 
-def test_digests_tell_images_and_weights_apart(given: Given) -> None:
+def test_images_beyond_memory_are_read_as_needed(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, rows = given.start(), given.tasks[0].load().full
+    monkeypatch.setattr(start_module, "_IN_MEMORY", 0)
+    read = Pixels(rows, start.processor)
+    assert read.digest() == start.pixels.digest()
+    assert torch.equal(read[14]["pixel_values"], start.pixels[14]["pixel_values"])
+
+
+def test_digests_tell_images_and_weights_apart(given: Given, tmp_path: Path) -> None:
     start, splits = given.start(), given.tasks[1].load()
     other = Pixels(splits.test, start.processor)
     assert start.pixels.digest() == given.start().pixels.digest() != other.digest()
-    assert start.weights_digest() == given.start().weights_digest()
     relabelled = Pixels(splits.test, start.processor)
     relabelled.labels = relabelled.labels.roll(1)
     assert relabelled.digest() != other.digest()
+    same, changed = write_base(tmp_path / "same"), write_base(tmp_path / "other", seed=1)
+    assert weights_digest(given.model) == weights_digest(str(same)) != weights_digest(str(changed))
+
+
+def test_a_head_is_drawn_even_where_the_model_has_as_many_classes(given: Given, tmp_path: Path) -> None:
+    splits = given.tasks[0].load()
+    start, heads = Start(str(write_base(tmp_path / "five")), splits.full, 5), []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        heads.append(find_head(start.base(probed_head=False), "default").linear.weight)
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
 
 
 @pytest.fixture(autouse=True)

@@ -48,7 +48,7 @@ def write_fgvc(folder: Path) -> None:
 
 
 SUITES: dict[str, tuple[list[str], Callable[[Path], None]]] = {
-    "vtab1k": ([name for names in VTAB.values() for name in names], write_vtab),
+    "vtab1k": (list(VTAB), write_vtab),
     "fgvc": (list(FGVC), write_fgvc),
 }
 
@@ -103,12 +103,30 @@ def test_the_tables_have_19_and_5_tasks(tmp_path: Path) -> None:
         for name in SUITES[suite][0]:
             (tmp_path / name).mkdir()
         assert len(tasks_of(suite, str(tmp_path))) == count
-    assert [len(names) for names in VTAB.values()] == [7, 4, 8]
+
+
+@pytest.mark.parametrize("inner", ["images", "Images"])
+def test_lists_may_skip_classes_and_leave_out_the_folder_of_the_images(tmp_path: Path, inner: str) -> None:
+    for name in FGVC:
+        (tmp_path / name).mkdir()
+    folder = tmp_path / FGVC[1]
+    lists = write_pictures(folder, 0)
+    skipping = {split: {path: (295, 817, 1010)[label] for path, label in part.items()} for split, part in lists.items()}
+    for split, labels in skipping.items():
+        (folder / f"{split}.json").write_text(json.dumps(labels))
+    (folder / "images").rename(folder / "pictures")
+    (folder / inner).mkdir()
+    (folder / "pictures").rename(folder / inner / "images")
+    check(tasks_of("fgvc", str(tmp_path))[1].load())
+    (folder / inner).rename(folder / "elsewhere")
+    with pytest.raises(ValueError, match="`source` must hold the images of the lists"):
+        tasks_of("fgvc", str(tmp_path))[1].load()
 
 
 def test_folders_of_ones_own(tmp_path: Path) -> None:
     write_folder(tmp_path / "suite" / "b", splits={"train": 5, "test": 1})
     write_folder(tmp_path / "suite" / "a", splits={"train": 10, "test": 2})
+    (tmp_path / "suite" / ".cache").mkdir()
     tasks = tasks_of("local", str(tmp_path / "suite"))
     assert [task.name for task in tasks] == ["a", "b"]
     splits = tasks[0].load()

@@ -13,7 +13,7 @@ def test_the_reference_is_the_default_configuration() -> None:
     default = TRPTSConfig()
     assert {name: getattr(default, name) for name in SETTINGS} == SETTINGS
     assert METHODS["trpts"].options == SETTINGS
-    unnamed = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
+    unnamed = {"seed", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
                "init_weights", "connections", "selected_token_layers", "unit_importance"}  # fmt: skip
     assert {f for f in TRPTSConfig.__annotations__ if f != "allow_other_base"} == unnamed | set(SETTINGS)
 
@@ -27,7 +27,25 @@ def test_a_name_is_one_variant() -> None:
 
 
 def test_ablations_change_one_thing() -> None:
-    for question in ("token layers", "allocation", "connections", "biases"):
+    """But for budgets, which need the cap away, and placements, which are tried at two rates."""
+    for question in set(ABLATIONS) - {"score"}:
         for variant in ABLATIONS[question]:
-            changed = {k for k, v in variant.options.items() if k in SETTINGS and v != SETTINGS[k]}
-            assert changed <= {"keep_rate", "token_placement"} or len(changed - {"max_connections"}) <= 1, variant.name
+            settings = {k: v for k, v in variant.options.items() if k in SETTINGS and v != SETTINGS[k]}
+            changed = [*settings, *variant.scoring, *([] if variant.probed_head else ["head"])]
+            assert len(changed) <= 1 or set(changed) in (
+                {"keep_rate", "token_placement"},
+                {"budget", "max_connections"},
+            )
+
+
+def test_scores_differ_in_the_score_alone() -> None:
+    for variant in ABLATIONS["score"]:
+        assert variant.rate_of == ""
+        if variant.method == "trpts":
+            expected = {**SETTINGS, "min_connections": 2, "max_connections": 2, "token_layers": 0}
+            assert {**variant.options, "importance": "fisher"} == expected
+
+
+def test_what_is_drawn_is_drawn_by_the_seed_of_the_cell() -> None:
+    drawing = {variant.name for variant in VARIANTS.values() if variant.draws}
+    assert drawing == {"shira", "random-2", "random-0.95", "random-0.8"}

@@ -3,7 +3,7 @@
     cd examples && python -m benchmarks.again CELL.json --suite local --source FOLDER --model MODEL
 
 Exit code 1 if it does not. Equal results need the images, weights, versions, threads and kind of processor of the
-record: what differs is named first.
+record: what differs is named first. On a GPU, kernels may add up in another order each time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.cells import Recipe, run_cell
 from benchmarks.start import Pixels, Start
-from benchmarks.suites import SUITES, Splits, tasks_of
+from benchmarks.suites import Splits, add_arguments, named, tasks_of
 from benchmarks.variants import Variant
 
 _NUMBERS = ("accuracy", "accuracy_per_class", "loss")
@@ -37,7 +37,7 @@ def again(cell: Mapping[str, Any], splits: Splits, model: str) -> dict[str, Any]
     torch.set_num_threads(cell["machine"]["threads"])
     start, variant = Start(model, splits.full, splits.classes), Variant(**cell["variant"])
     test = Pixels(splits.test, start.processor)
-    return run_cell(start, cell["task"], variant, cell["seed"], cell["learning_rate"], Recipe(**cell["recipe"]), test)
+    return run_cell(start, test, cell["task"], variant, cell["seed"], cell["learning_rate"], Recipe(**cell["recipe"]))
 
 
 def differences(recorded: Mapping[str, Any], found: Mapping[str, Any], keys: tuple[str, ...]) -> Iterator[str]:
@@ -51,12 +51,10 @@ def main() -> None:
     """Run the cell that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cell", type=Path, help="its file")
-    parser.add_argument("--suite", choices=sorted(SUITES), required=True)
-    parser.add_argument("--source", required=True, help="folder of the suite, or its data set on the Hub")
-    parser.add_argument("--model", required=True, help="image classifier: a folder, or an id on the Hub")
+    add_arguments(parser)
     arguments = parser.parse_args()
     cell = json.loads(arguments.cell.read_text(encoding="utf-8"))
-    (task,) = (task for task in tasks_of(arguments.suite, arguments.source) if task.name == cell["task"])
+    (task,) = named(tasks_of(arguments.suite, arguments.source), [cell["task"]])
     found = again(cell, task.load(), arguments.model)
     print("\n".join(differences(cell, found, _GROUNDS)))
     wrong = list(differences(cell, found, _NUMBERS))

@@ -7,6 +7,7 @@ model that was trained on training and validation images together with the chose
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 import tempfile
 import time
@@ -17,23 +18,23 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import EvalPrediction, PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from benchmarks.baselines import build
-from benchmarks.start import Pixels, Start
+from benchmarks.start import Pixels, Start, weights_digest
 from benchmarks.variants import Variant
 from measure import file_bytes
 from trpts_peft import TRPTSConfig, apply_token_selection, calibrate, estimate_cost, select
-from trpts_peft.metrics import ClassificationAccuracy
+from trpts_peft.metrics import accuracy_of
 
 __all__ = ["Recipe", "machine", "network", "run_cell", "validate", "versions"]
 
-_PACKAGES = ("trpts-peft", "torch", "transformers", "peft", "datasets", "pillow")
+_PACKAGES = ("trpts-peft", "torch", "transformers", "accelerate", "peft", "datasets", "pillow")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How every method of a grid is trained: Adam without weight decay.
+    """How every method of a grid is trained: Adam without weight decay, gradients clipped at a norm of one.
 
     Attributes:
         epochs, batch_size: passes over the training images, and images per step.
@@ -52,7 +53,7 @@ def validate(start: Start, variant: Variant, seed: int, rate: float, recipe: Rec
 
 
 def run_cell(
-    start: Start, task: str, variant: Variant, seed: int, rate: float, recipe: Recipe, test: Pixels
+    start: Start, test: Pixels, task: str, variant: Variant, seed: int, rate: float, recipe: Recipe
 ) -> dict[str, Any]:
     """Train on all training images, test once; returns the accuracy and all that it rests on, ready for JSON."""
     trainer, seconds = _trained(start, variant, seed, rate, recipe)
@@ -63,11 +64,13 @@ def run_cell(
         "seed": seed,
         "learning_rate": rate,
         "recipe": asdict(recipe),
-        **{name: metrics[f"eval_{name}"] for name in ("accuracy", "accuracy_per_class", "loss")},
+        "accuracy": metrics["eval_accuracy"],
+        "accuracy_per_class": metrics["eval_accuracy_per_class"],
+        "loss": metrics["eval_loss"] if math.isfinite(metrics["eval_loss"]) else None,  # of a run that diverged
         "parameters": _parameters(trainer.model),
         "bytes": file_bytes(trainer.model),
         "training_seconds": seconds,
-        "model": {"name": Path(start.model).name, "weights": start.weights_digest()},
+        "model": {"name": Path(start.model).name, "weights": weights_digest(start.model)},
         "images": _images(start, test),
         "preprocessing": start.processor.to_dict(),
         "versions": versions(),
@@ -79,7 +82,7 @@ def network(start: Start, variant: Variant, seed: int) -> nn.Module:
     """The model that trains: the method applied to the base, GPS and TR-PTS calibrated."""
     set_seed(seed)
     base = start.base(variant.probed_head)
-    model = build(variant.method, base, variant.options)
+    model = build(variant.method, base, {**variant.options, **({"seed": seed} if variant.draws else {})})
     config = model.peft_config["default"] if isinstance(model, PeftModel) else None
     if isinstance(config, TRPTSConfig):
         _calibrate(model, config, start, variant)
@@ -104,7 +107,7 @@ def _trained(start: Start, variant: Variant, seed: int, rate: float, recipe: Rec
     model = network(start, variant, seed)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
-            model, _arguments(folder, seed, rate, recipe), train_dataset=start.pixels, compute_metrics=_accuracy
+            model, _arguments(folder, seed, rate, recipe), train_dataset=start.pixels, compute_metrics=accuracy_of
         )
         trainer.remove_callback(PrinterCallback)
         begun = time.perf_counter()
@@ -122,6 +125,7 @@ def _arguments(folder: str, seed: int, rate: float, recipe: Recipe) -> TrainingA
         lr_scheduler_type="cosine",
         warmup_steps=recipe.warmup,
         weight_decay=0.0,
+        max_grad_norm=1.0,
         seed=seed,
         save_strategy="no",
         logging_strategy="no",
@@ -130,11 +134,6 @@ def _arguments(folder: str, seed: int, rate: float, recipe: Recipe) -> TrainingA
         dataloader_pin_memory=torch.accelerator.is_available(),
         disable_tqdm=True,
     )
-
-
-def _accuracy(evaluated: EvalPrediction) -> dict[str, float]:
-    metric = ClassificationAccuracy(keep_in_memory=True)
-    return metric.compute(predictions=evaluated.predictions.argmax(-1), references=evaluated.label_ids)
 
 
 def _parameters(model: nn.Module) -> dict[str, float]:

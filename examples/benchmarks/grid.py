@@ -4,7 +4,8 @@
 
 Killed and started again, it goes on with the first cell that has no file. Learning rates are picked per method on
 validation images, with the first seed: on those of each task, or once for all tasks on those of a few (`--choosing`).
-The test images of a cell are read once. `benchmarks.results` makes tables of the cells.
+The test images of a cell are read once. `benchmarks.results` makes tables of the cells. Several processes may share
+the folder, each with variants of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import itertools
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from logging import getLogger
@@ -25,8 +26,8 @@ from transformers.utils import logging
 
 from benchmarks.baselines import BASELINES
 from benchmarks.cells import Recipe, run_cell, validate
-from benchmarks.start import Pixels, Start
-from benchmarks.suites import SUITES, Task, tasks_of
+from benchmarks.start import Pixels, Start, weights_digest
+from benchmarks.suites import Task, add_arguments, named, tasks_of
 from benchmarks.variants import ABLATIONS, METHODS, VARIANTS, Variant
 from trpts_peft.run_folder import write_json
 
@@ -82,57 +83,63 @@ class Grid:
                 those of the task itself.
 
         Raises:
-            ValueError: a file there is of another model or recipe.
+            ValueError: a file there is of another model, recipe or variant, or of rates chosen otherwise.
         """
-        materials = {task.name: _Material(task, self.model) for task in [*tasks, *choosing]}
+        shared = [_Material(task, self.model) for task in choosing]
         for task in tasks:
-            asked = [materials[other.name] for other in choosing or [task]]
+            material = next((m for m in shared if m.name == task.name), None) or _Material(task, self.model)
+            asked = shared or [material]
             for seed, variant in itertools.product(seeds, variants):
                 path = self.output / task.name / variant.name / f"seed-{seed}.json"
+                ground = {"variant": asdict(variant), "rate_chosen_on": [other.name for other in asked]}
                 if path.is_file():
-                    self._read(path)
+                    self._read(path, ground)
                     continue
                 rate = self._rate(variant, asked, seeds[0])
-                start, test = materials[task.name].final
-                cell = run_cell(start, task.name, variant, seed, rate, self.recipe, test)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(path, {"group": task.group, **cell})
+                cell = run_cell(*material.final, task.name, variant, seed, rate, self.recipe)
+                _write(path, {**cell, **ground})
                 accuracy = f"{cell['accuracy']:.2f} % in {cell['training_seconds']:.0f} s"
                 print(f"{task.name}, {variant.name}, seed {seed}, learning rate {rate:g}: {accuracy}", flush=True)
 
     def _rate(self, variant: Variant, asked: Sequence[_Material], seed: int) -> float:
-        """The learning rate that is best on validation images; the lowest of equals."""
+        """The learning rate that is best on validation images."""
         variant = VARIANTS[variant.rate_of] if variant.rate_of else variant
 
         def score(rate: float) -> float:
             return statistics.mean(self._validated(variant, task, seed, rate) for task in asked)
 
-        found = climb(score, BASELINES[variant.method].learning_rate)
-        return max(found, key=lambda rate: (found[rate], -rate))
+        return climb(score, BASELINES[variant.method].learning_rate)
 
     def _validated(self, variant: Variant, task: _Material, seed: int, rate: float) -> float:
         """The accuracy on a task's validation images after training at a rate; from its file, if it is there."""
         path = self.output / task.name / variant.name / "rates.json"
-        given = {"model": {"name": Path(self.model).name}, "recipe": asdict(self.recipe), "seed": seed}
-        content = self._read(path) if path.is_file() else {**given, "validation_accuracy": {}}
-        found: dict[str, float] = content["validation_accuracy"]
+        ground = {"variant": asdict(variant), "seed": seed}
+        content = self._read(path, ground) if path.is_file() else {**ground, **self._ground(), "accuracy": {}}
+        found: dict[str, float] = content["accuracy"]
         if f"{rate:g}" not in found:
             start, validation = task.choosing
             accuracy = found[f"{rate:g}"] = validate(start, variant, seed, rate, self.recipe, validation)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, content)
+            _write(path, content)
             print(f"{task.name}, {variant.name}: learning rate {rate:g}: {accuracy:.1f} % of validation", flush=True)
         return found[f"{rate:g}"]
 
-    def _read(self, path: Path) -> dict[str, Any]:
+    def _ground(self) -> dict[str, Any]:
+        model = {"name": Path(self.model).name, "weights": weights_digest(self.model)}
+        return {"model": model, "recipe": asdict(self.recipe)}
+
+    def _read(self, path: Path, ground: Mapping[str, Any]) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if (content["model"]["name"], content["recipe"]) != (Path(self.model).name, asdict(self.recipe)):
-            raise ValueError(f"`output` must hold cells of this model and recipe, got others in {str(path)!r}.")
+        for name, value in json.loads(json.dumps({**self._ground(), **ground})).items():
+            if content[name] != value:
+                raise ValueError(
+                    f"`output` must hold cells of this {name}, {value}, got {content[name]} in {str(path)!r}: delete "
+                    "it, or name another folder."
+                )
         return content
 
 
-def climb(score: Callable[[float], float], usual: float) -> dict[float, float]:
-    """{learning rate: score}: steps of three from the usual one, until neither neighbor of the best is better."""
+def climb(score: Callable[[float], float], usual: float) -> float:
+    """The best learning rate, by steps of three from the usual one until neither neighbor is better."""
     found: dict[int, float] = {}
 
     def at(place: int) -> float:
@@ -143,38 +150,47 @@ def climb(score: Callable[[float], float], usual: float) -> dict[float, float]:
     place = 0 if at(0) >= at(1) else 1
     while (best := max((place, place - 1, place + 1), key=at)) != place:
         place = best
-    return {_nth(usual, place): accuracy for place, accuracy in found.items()}
+    return _nth(usual, place)
 
 
 def _nth(usual: float, place: int) -> float:
     return float(f"{usual * _STEP**place:.3g}")
 
 
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, content)
+
+
 def main() -> None:
     """Run the grid that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=sorted(SUITES), required=True)
-    parser.add_argument("--source", required=True, help="folder of the suite, or its data set on the Hub")
-    parser.add_argument("--model", required=True, help="image classifier: a folder, or an id on the Hub")
+    add_arguments(parser)
     parser.add_argument("--output", type=Path, required=True, help="folder for the cells; may hold some already")
     parser.add_argument("--tasks", nargs="+", help="only these, in this order")
-    parser.add_argument("--variants", nargs="+", default=list(METHODS), choices=list(VARIANTS), metavar="VARIANT")
-    parser.add_argument("--ablations", action="store_true", help="all variants of TR-PTS instead of the methods")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--variants", nargs="+", default=list(METHODS), choices=list(VARIANTS), metavar="VARIANT")
+    which.add_argument("--ablations", action="store_true", help="the variants of TR-PTS instead of the methods")
     parser.add_argument("--choosing", nargs="+", default=[], metavar="TASK", help="choose learning rates on these")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=Recipe.epochs)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="results depend on their number")
     arguments = parser.parse_args()
+    if torch.cuda.device_count() > 1:
+        parser.error("a cell must train on one GPU, got several: name one in CUDA_VISIBLE_DEVICES.")
     logging.set_verbosity_error()  # a line for each cell is enough
     logging.disable_progress_bar()
     getLogger("trpts_peft").setLevel("ERROR")
     torch.set_num_threads(arguments.threads)
-    tasks = {task.name: task for task in tasks_of(arguments.suite, arguments.source)}
-    compared = [variant.name for every in ABLATIONS.values() for variant in every]
-    variants = list(dict.fromkeys(compared)) if arguments.ablations else arguments.variants
-    grid = Grid(arguments.model, Recipe(epochs=arguments.epochs), arguments.output)
-    chosen = [tasks[name] for name in arguments.tasks or tasks]
-    grid.run(chosen, [VARIANTS[n] for n in variants], arguments.seeds, [tasks[n] for n in arguments.choosing])
+    tasks = tasks_of(arguments.suite, arguments.source)
+    chosen, choosing = named(tasks, arguments.tasks or [task.name for task in tasks]), named(tasks, arguments.choosing)
+    compared = [variant for every in ABLATIONS.values() for variant in every]
+    variants = [VARIANTS[name] for name in arguments.variants]
+    if arguments.ablations:
+        variants = list({variant.name: variant for variant in compared}.values())
+    Grid(arguments.model, Recipe(epochs=arguments.epochs), arguments.output).run(
+        chosen, variants, arguments.seeds, choosing
+    )
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ class Results:
         for path in sorted(folder.glob("*/*/*.json")):
             content, task, variant = json.loads(path.read_text(encoding="utf-8")), *path.parts[-3:-1]
             if path.name == "rates.json":
-                rates.setdefault(variant, {})[task] = content["validation_accuracy"]
+                rates.setdefault(variant, {})[task] = content["accuracy"]
             else:
                 cells.setdefault(variant, {}).setdefault(task, []).append(content)
         times = folder / "times.json"
@@ -56,6 +56,13 @@ class Results:
         """The mean of `of`."""
         return statistics.mean(self.of(variant, task))
 
-    def average(self, variant: str, value: Callable[[Cell], float]) -> float:
-        """The mean of a figure over all cells of a variant."""
-        return statistics.mean(value(cell) for cells in self.cells[variant].values() for cell in cells)
+    def average(self, variant: str, value: Callable[[Cell], float], tasks: Sequence[str] | None = None) -> float:
+        """The mean of a figure over a variant's cells of some tasks; None: of all."""
+        by_task = self.cells[variant]
+        return statistics.mean(value(cell) for task in tasks or by_task for cell in by_task[task])
+
+    def validation(self, variant: str) -> dict[float, float]:
+        """{learning rate: mean accuracy on validation images}, for the rates that were tried on all of the tasks."""
+        tasks = list(self.rates.get(variant, {}).values())
+        common = set.intersection(*(set(found) for found in tasks)) if tasks else set()
+        return {float(rate): statistics.mean(found[rate] for found in tasks) for rate in sorted(common, key=float)}

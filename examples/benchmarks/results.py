@@ -15,14 +15,13 @@ from pathlib import Path
 
 from benchmarks.recorded import Results
 from benchmarks.results_figures import draw_ablations, draw_methods
-from benchmarks.variants import ABLATIONS, METHODS
+from benchmarks.variants import ABLATIONS, METHODS, VARIANTS
 from tables import markdown_table
 
 __all__ = ["ablation_table", "comparison_table", "filled", "method_table", "rate_table"]
 
 _DOCS = Path(__file__).parents[2] / "docs"
 _BLOCK = re.compile(r"(<!-- table: (\S+)/(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-_RIVALS = ("linear", "bitfit", "lora", "lora-six", "shira", "gps", "full", "trpts-all-tokens")
 
 
 def method_table(results: Results) -> str:
@@ -51,10 +50,10 @@ def comparison_table(results: Results, ours: str = "trpts") -> str:
 
 
 def _comparisons(results: Results, ours: str) -> Iterator[list[str]]:
-    for other in _RIVALS:
+    for other in METHODS:
         tasks = [task for task in results.tasks if results.of(ours, task) and results.of(other, task)]
         differences = [results.mean(ours, task) - results.mean(other, task) for task in tasks]
-        if len(differences) > 1:
+        if other != ours and len(differences) > 1:
             error = statistics.stdev(differences) / len(differences) ** 0.5
             mean = f"{statistics.mean(differences):+.1f} ± {error:.1f}"
             won = sum(difference > 0 for difference in differences)
@@ -62,17 +61,14 @@ def _comparisons(results: Results, ours: str) -> Iterator[list[str]]:
 
 
 def rate_table(results: Results) -> str:
-    """The learning rates that validation images chose: per method and task, the best of those tried."""
+    """The learning rates that were tried, and what each gave on validation images; what the cells used in bold."""
     rows = []
-    for name in METHODS:
-        by_task = results.rates.get(name, {})
-        if by_task:
-            rows.append([name, *(_chosen(by_task.get(task, {})) for task in results.tasks)])
-    return markdown_table(["method", *results.tasks], rows)
-
-
-def _chosen(accuracies: Mapping[str, float]) -> str:
-    return max(accuracies, key=lambda rate: (accuracies[rate], -float(rate))) if accuracies else ""
+    for name in VARIANTS:
+        used = {cell["learning_rate"] for cells in results.cells.get(name, {}).values() for cell in cells}
+        tried = [(rate, f"{rate:g}: {accuracy:.1f}") for rate, accuracy in results.validation(name).items()]
+        if tried:
+            rows.append([name, ", ".join(f"**{shown}**" if rate in used else shown for rate, shown in tried)])
+    return markdown_table(["method", "learning rate: accuracy on validation images, %"], rows)
 
 
 def ablation_table(results: Results, question: str) -> str:
@@ -81,7 +77,7 @@ def ablation_table(results: Results, question: str) -> str:
     tasks = [task for task in results.tasks if all(results.of(name, task) for name in compared)]
     rows = []
     for name in compared if tasks else ():
-        trained = results.average(name, lambda cell: cell["parameters"]["trainable_percent_without_head"])
+        trained = results.average(name, lambda cell: cell["parameters"]["trainable_percent_without_head"], tasks)
         mean = statistics.mean(results.mean(name, task) for task in tasks)
         rows.append([name, *(_spread(results.of(name, task)) for task in tasks), f"{mean:.1f}", f"{trained:.2f}"])
     return markdown_table(["variant", *tasks, "mean", "trained % of the backbone"], rows)

@@ -9,12 +9,13 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from datasets import Dataset as Rows
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel
 
 from trpts_peft import FisherScores, estimate_fisher
@@ -25,9 +26,10 @@ from trpts_peft.image_data import with_pixel_values
 from trpts_peft.measurement import collect_features
 from trpts_peft.probe import LinearProbe, fit_linear_probe
 
-__all__ = ["Pixels", "Start", "batch_fisher"]
+__all__ = ["Pixels", "Start", "batch_fisher", "weights_digest"]
 
 _IN_MEMORY = 2**30  # bytes
+_HEAD_DEVIATION = 0.02  # of a random head: that of ViTs
 
 
 class Pixels(Dataset[dict[str, Tensor]]):
@@ -38,8 +40,11 @@ class Pixels(Dataset[dict[str, Tensor]]):
 
     def __init__(self, rows: Rows, processor: Any) -> None:
         self._rows, self.labels = with_pixel_values(rows, processor), torch.tensor(rows["labels"])
-        kept = len(rows) * self._rows[0]["pixel_values"].nbytes <= _IN_MEMORY
-        self._kept = torch.stack(self._rows[:]["pixel_values"]) if kept else None
+        first, self._kept = self._rows[0]["pixel_values"], None
+        if len(rows) * first.nbytes <= _IN_MEMORY:
+            self._kept = first.new_empty(len(rows), *first.shape)
+            for index, row in enumerate(self._rows):  # one at a time: the pictures themselves may be large
+                self._kept[index] = row["pixel_values"]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -75,9 +80,11 @@ class Start:
         """The model with a head for the task, fitted or drawn by the seed that is set, where it is going to train."""
         base = load_classifier(self.model, [str(label) for label in range(self.classes)])
         base.to(torch.accelerator.current_accelerator() or "cpu")
+        head = find_head(base, "default")
         if probed_head:
-            probe = self.probe()
-            find_head(base, "default").write(probe.weight, probe.bias)
+            head.write(self.probe().weight, self.probe().bias)
+        else:  # a model with as many classes would keep its own
+            head.write(torch.randn(head.linear.weight.shape) * _HEAD_DEVIATION, torch.zeros(self.classes))
         return base
 
     def probe(self) -> LinearProbe:
@@ -104,11 +111,14 @@ class Start:
                     self._scores[key] = found
         return self._scores[key]
 
-    def weights_digest(self) -> str:
-        """Of the backbone's weights."""
-        base = self.base()
-        head = find_head(base, "default").name
-        return _digest([value for name, value in sorted(base.state_dict().items()) if not name.startswith(f"{head}.")])
+
+@cache
+def weights_digest(model: str) -> str:
+    """Of the weights of the model's backbone."""
+    with _unseeded():
+        base = load_classifier(model, ["0", "1"])
+    head = find_head(base, "default").name
+    return _digest([value for name, value in sorted(base.state_dict().items()) if not name.startswith(f"{head}.")])
 
 
 def batch_fisher(base: PreTrainedModel, pixels: Pixels, batch_size: int) -> FisherScores:
@@ -117,7 +127,8 @@ def batch_fisher(base: PreTrainedModel, pixels: Pixels, batch_size: int) -> Fish
     weights = [linear.weight for linear in scored.values()]
     sums, count = [torch.zeros_like(weight) for weight in weights], 0
     base.eval()
-    for batch in torch.utils.data.DataLoader(pixels, batch_size):
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))  # rows may come sorted by class
+    for batch in DataLoader(Subset(pixels, order.tolist()), batch_size):
         loss = base(**{name: tensor.to(base.device) for name, tensor in batch.items()}).loss
         for total, gradient in zip(sums, torch.autograd.grad(loss, weights), strict=True):
             total += gradient.square()

@@ -7,13 +7,15 @@ A suite is a folder, or the id of a data set on the Hub that holds the same file
 - `local`: `<task>/` in the form of parquet or image folders with the splits `train` and `test`; a fifth of `train`
   chooses learning rates.
 
-Paths count from the task's folder. Test images are for the last number alone: nothing is chosen by them.
+Paths count from the task's folder, or from `images` or `Images` in it. Test images are for the last number alone:
+nothing is chosen by them.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,22 +24,29 @@ from huggingface_hub import snapshot_download
 
 from trpts_peft.image_data import load_image_data
 
-__all__ = ["SUITES", "Splits", "Task", "tasks_of"]
+__all__ = ["SUITES", "Splits", "Task", "add_arguments", "named", "tasks_of"]
 
-VTAB = {
-    "Natural": ("cifar", "caltech101", "dtd", "oxford_flowers102", "oxford_iiit_pet", "svhn", "sun397"),
-    "Specialized": ("patch_camelyon", "eurosat", "resisc45", "diabetic_retinopathy"),
-    "Structured": (
-        "clevr_count",
-        "clevr_dist",
-        "dmlab",
-        "kitti",
-        "dsprites_loc",
-        "dsprites_ori",
-        "smallnorb_azi",
-        "smallnorb_ele",
-    ),
-}
+VTAB = (
+    "cifar",
+    "caltech101",
+    "dtd",
+    "oxford_flowers102",
+    "oxford_iiit_pet",
+    "svhn",
+    "sun397",
+    "patch_camelyon",
+    "eurosat",
+    "resisc45",
+    "diabetic_retinopathy",
+    "clevr_count",
+    "clevr_dist",
+    "dmlab",
+    "kitti",
+    "dsprites_loc",
+    "dsprites_ori",
+    "smallnorb_azi",
+    "smallnorb_ele",
+)
 FGVC = ("CUB_200_2011", "nabirds", "OxfordFlower", "Stanford-dogs", "Stanford-cars")
 _CHOOSING = 0.2  # of the training images of a local task
 
@@ -66,13 +75,18 @@ class Task:
 
     Attributes:
         name: its folder.
-        group: what it is averaged with.
         load: gives its images.
     """
 
     name: str
-    group: str
     load: Callable[[], Splits]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every benchmark on a suite asks for."""
+    parser.add_argument("--suite", choices=sorted(SUITES), required=True)
+    parser.add_argument("--source", required=True, help="folder of the suite, or its data set on the Hub")
+    parser.add_argument("--model", required=True, help="image classifier: a folder, or an id on the Hub")
 
 
 def tasks_of(suite: str, source: str) -> list[Task]:
@@ -91,6 +105,19 @@ def tasks_of(suite: str, source: str) -> list[Task]:
     return SUITES[suite](root)
 
 
+def named(tasks: Sequence[Task], names: Sequence[str]) -> list[Task]:
+    """Those of the tasks, in the order of `names`.
+
+    Raises:
+        ValueError: there is no such task.
+    """
+    by_name = {task.name: task for task in tasks}
+    unknown = [name for name in names if name not in by_name]
+    if unknown:
+        raise ValueError(f"`tasks` must be among {', '.join(by_name)}, got {unknown[0]!r}.")
+    return [by_name[name] for name in names]
+
+
 # ---- VTAB-1k and FGVC: lists of files ----
 
 
@@ -99,8 +126,7 @@ def _vtab(root: Path) -> list[Task]:
         names = ("train800", "val200", "train800val200", "test")
         return _listed(folder, *(_lines(folder / f"{name}.txt") for name in names))
 
-    names = [(name, group) for group, names in VTAB.items() for name in names]
-    return [Task(name, group, _bound(load, _folder(root, name))) for name, group in names]
+    return [Task(name, _bound(load, _folder(root, name))) for name in VTAB]
 
 
 def _fgvc(root: Path) -> list[Task]:
@@ -108,7 +134,7 @@ def _fgvc(root: Path) -> list[Task]:
         train, validation, test = (_mapping(folder / f"{name}.json") for name in ("train", "val", "test"))
         return _listed(folder, train, validation, {**train, **validation}, test)
 
-    return [Task(name, "FGVC", _bound(load, _folder(root, name))) for name in FGVC]
+    return [Task(name, _bound(load, _folder(root, name))) for name in FGVC]
 
 
 def _bound(load: Callable[[Path], Splits], folder: Path) -> Callable[[], Splits]:
@@ -132,28 +158,34 @@ def _mapping(path: Path) -> dict[str, int]:
 
 
 def _listed(folder: Path, *lists: dict[str, int]) -> Splits:
-    """Train, validation, full and test from {path: label}; some lists count classes from one."""
-    labels = [label for part in lists for label in part.values()]
-    lowest = min(labels)
+    """Train, validation, full and test from {path: label}; classes are numbered anew, as lists may skip some."""
+    labels = sorted({label for part in lists for label in part.values()})
+    number = {label: place for place, label in enumerate(labels)}
+    images = _images(folder, next(iter(lists[0])))
 
     def rows(part: dict[str, int]) -> Dataset:
-        columns = {
-            "image": [str(folder / name) for name in part],
-            "labels": [value - lowest for value in part.values()],
-        }
+        columns = {"image": [str(images / name) for name in part], "labels": [number[v] for v in part.values()]}
         return Dataset.from_dict(columns).cast_column("image", Image())
 
-    return Splits(*map(rows, lists), classes=max(labels) - lowest + 1)
+    return Splits(*map(rows, lists), classes=len(labels))
+
+
+def _images(folder: Path, name: str) -> Path:
+    """Where the images of a task lie: CUB, NABirds and Dogs keep them in a folder of their own."""
+    found = [folder / inner for inner in ("", "images", "Images") if (folder / inner / name).is_file()]
+    if not found:
+        raise ValueError(f"`source` must hold the images of the lists, got {str(folder)!r} without {name!r}.")
+    return found[0]
 
 
 # ---- folders of one's own ----
 
 
 def _local(root: Path) -> list[Task]:
-    names = sorted(path.name for path in root.iterdir() if path.is_dir())
+    names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not names:
         raise ValueError(f"`source` must hold a folder for each task, got {str(root)!r} without any.")
-    return [Task(name, "local", _bound(_local_splits, root / name)) for name in names]
+    return [Task(name, _bound(_local_splits, root / name)) for name in names]
 
 
 def _local_splits(folder: Path) -> Splits:

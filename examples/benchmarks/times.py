@@ -21,7 +21,7 @@ from torch.utils.data import default_collate
 
 from benchmarks.cells import machine, network, versions
 from benchmarks.start import Start
-from benchmarks.suites import SUITES, tasks_of
+from benchmarks.suites import add_arguments, named, tasks_of
 from benchmarks.variants import METHODS, Variant
 from measure import inference, relative_times, training_step
 from trpts_peft.run_folder import write_json
@@ -31,7 +31,8 @@ _BATCH = 32
 
 def times(start: Start, variants: Sequence[Variant], repeats: int) -> dict[str, dict[str, float]]:
     """{variant: {"training", "prediction"}}: medians of ratios to full fine-tuning, which must be among `variants`."""
-    batch = default_collate([start.pixels[index] for index in range(_BATCH)])
+    collated = default_collate([start.pixels[index] for index in range(_BATCH)])
+    batch = {name: tensor.to(start.base().device) for name, tensor in collated.items()}
     models = {variant.name: network(start, variant, seed=0) for variant in variants}
     predicting = {name: inference(_merged(copy.deepcopy(model)), batch) for name, model in models.items()}
     steps = {name: training_step(model) for name, model in models.items()}
@@ -47,15 +48,13 @@ def _merged(model: nn.Module) -> nn.Module:
 def main() -> None:
     """Measure, and write a file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=sorted(SUITES), required=True)
-    parser.add_argument("--source", required=True, help="folder of the suite, or its data set on the Hub")
-    parser.add_argument("--model", required=True, help="image classifier: a folder, or an id on the Hub")
+    add_arguments(parser)
     parser.add_argument("--task", required=True, help="on whose training images GPS and TR-PTS are calibrated")
     parser.add_argument("--output", type=Path, required=True, help="file to write")
     parser.add_argument("--repeats", type=int, default=21, help="rounds")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # processor time of several threads counts their waiting
-    (task,) = (task for task in tasks_of(arguments.suite, arguments.source) if task.name == arguments.task)
+    (task,) = named(tasks_of(arguments.suite, arguments.source), [arguments.task])
     splits = task.load()
     start = Start(arguments.model, splits.full, splits.classes)
     found: dict[str, Any] = times(start, list(METHODS.values()), arguments.repeats)

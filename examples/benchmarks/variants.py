@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ class Variant:
         token_options: of the TRPTSConfig that chooses where another method drops tokens; None: it drops none.
         probed_head: whether training starts from the head that `calibrate` fits, or from a random one.
         rate_of: the variant whose learning rate it trains at; empty: its own.
+        draws: whether the method draws by an option `seed`, which is then that of the cell.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Variant:
     token_options: Mapping[str, Any] | None = None
     probed_head: bool = True
     rate_of: str = ""
+    draws: bool = False
 
 
 # The defaults of TRPTSConfig, written out so that a cell says what it is whatever becomes of them.
@@ -52,20 +54,22 @@ SETTINGS = {
     "keep_rate": 0.95,
     "token_layers": 3,
     "token_placement": "sparse",
-    "seed": 0,
 }
 
 _trpts = partial(Variant, method="trpts", rate_of="trpts")
 
 
 def _options(name: str, **changed: Any) -> Variant:
-    return _trpts(name, options={**SETTINGS, **changed})
+    settings = {**SETTINGS, **changed}
+    draws = "random" in (settings["importance"], settings["token_placement"])
+    return _trpts(name, options=settings, draws=draws)
 
 
 def _methods() -> dict[str, Variant]:
     """Every method as it is; TR-PTS with all tokens at TR-PTS's rate, so that the two differ in tokens alone."""
     every = {name: Variant(name, name) for name in BASELINES}
     every["lora-six"] = Variant("lora-six", "lora", {"targets": LINEARS})
+    every["shira"] = Variant("shira", "shira", draws=True)
     every["trpts"] = Variant("trpts", "trpts", SETTINGS)
     return every | {"trpts-all-tokens": _options("trpts-all-tokens", token_layers=0)}
 
@@ -78,13 +82,14 @@ def _scoring(name: str, **scoring: Any) -> Variant:
 
 
 def _scores(importance: str) -> Variant:
-    """Two inputs per neuron by another score, all tokens: GPS but for the score."""
+    """Two inputs per neuron by another score, all tokens: GPS but for the score, at a rate of its own as GPS."""
     options = {"importance": importance, "min_connections": 2, "max_connections": 2, "token_layers": 0}
-    return _options(f"{importance}-2", **options)
+    return replace(_options(f"{importance}-2", **options), rate_of="")
 
 
 def _budget(percent: float) -> Variant:
-    return _options(f"budget-{percent:g}", budget=percent / 100, max_connections=None)
+    """So many percent of the weights, at a rate of its own as the methods it is compared with."""
+    return replace(_options(f"budget-{percent:g}", budget=percent / 100, max_connections=None), rate_of="")
 
 
 _DEFAULT = METHODS["trpts"]

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
-    EvalPrediction,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -34,7 +33,7 @@ from .data import process_state
 from .folders import first_line
 from .image_data import ImageData, load_image_data, with_pixel_values
 from .methods import METHODS
-from .metrics import ClassificationAccuracy
+from .metrics import accuracy_of
 from .report import check_upload, result_folder, start_card, write_report
 from .run_folder import SETTINGS, check_data, check_output, last_checkpoint, read_json, step_of, write_json
 
@@ -210,7 +209,7 @@ class FinetuneRun:
             train_dataset=with_pixel_values(self.data.train, self.processor),
             eval_dataset=with_pixel_values(self.data.test, self.processor),
             processing_class=self.processor,
-            compute_metrics=_accuracy,
+            compute_metrics=accuracy_of,
             preprocess_logits_for_metrics=_predictions,
         )
         if settings.method == "trpts" and settings.reporters:
@@ -392,12 +391,6 @@ def _model_errors(model: str) -> Iterator[None]:
 
 def _predictions(logits: Tensor, _labels: Tensor) -> Tensor:
     return logits.argmax(-1)
-
-
-def _accuracy(evaluated: EvalPrediction) -> dict[str, float]:
-    metric = ClassificationAccuracy(keep_in_memory=True)
-    result = metric.compute(predictions=evaluated.predictions, references=evaluated.label_ids)
-    return dict(result or {})
 
 
 @contextmanager

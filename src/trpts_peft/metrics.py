@@ -7,8 +7,9 @@ from typing import Any
 import datasets
 import evaluate
 import numpy as np
+from transformers import EvalPrediction
 
-__all__ = ["ClassificationAccuracy"]
+__all__ = ["ClassificationAccuracy", "accuracy_of"]
 
 
 class ClassificationAccuracy(evaluate.Metric):  # type: ignore[misc]
@@ -31,3 +32,11 @@ class ClassificationAccuracy(evaluate.Metric):  # type: ignore[misc]
         right = np.asarray(predictions) == truth
         per_class = [right[truth == label].mean() for label in np.unique(truth)]
         return {"accuracy": 100 * float(right.mean()), "accuracy_per_class": 100 * float(np.mean(per_class))}
+
+
+def accuracy_of(evaluated: EvalPrediction) -> dict[str, float]:
+    """Both accuracies in percent, as Trainer's `compute_metrics`; of logits (n, classes) or of classes (n,)."""
+    predictions, metric = np.asarray(evaluated.predictions), ClassificationAccuracy(keep_in_memory=True)
+    classes = predictions.argmax(-1) if predictions.ndim > 1 else predictions
+    found: dict[str, float] = metric.compute(predictions=classes, references=evaluated.label_ids)
+    return found

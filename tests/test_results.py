@@ -15,6 +15,8 @@ from benchmarks.results import ablation_table, comparison_table, filled, method_
 from benchmarks.results_figures import draw_ablations, draw_methods
 from benchmarks.variants import ABLATIONS, METHODS
 
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
 
 @pytest.fixture
 def write(tmp_path: Path) -> Any:
@@ -88,8 +90,15 @@ def test_figures_are_drawn(write: Any, tmp_path: Path, monkeypatch: Any, draw: A
         Axes, "plot", lambda self, x, y, *a, **k: drawn.extend(np.atleast_1d(y)) or plot(self, x, y, *a, **k)
     )
     draw(write.results(), tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").is_file()
+    assert (tmp_path / "figure.png").is_file() == bool(drawn)
     methods = sum(name in METHODS for name in names) if complete else 1
     assert (
         len(drawn) == {"draw_methods": methods, "draw_ablations": 3 * (len(names) - methods) * complete}[draw.__name__]
     )
+
+
+def test_the_page_shows_the_recorded_cells() -> None:
+    page = (DOCS / "results.md").read_text(encoding="utf-8")
+    suites = {path.name: Results.read(path) for path in (DOCS / "results").iterdir() if path.is_dir()}
+    assert filled(page, suites) == page
+    assert page.count("<!-- table:") == page.count("<!-- end -->") == 3

@@ -18,16 +18,19 @@ __all__ = ["draw_ablations", "draw_methods"]
 
 
 def draw_methods(results: Results, path: Path) -> None:
-    """Mean accuracy over the tasks that all methods have, against the share of the model that trains."""
+    """Mean accuracy over the tasks that all methods have, against the share of the model that trains; if any."""
     names = [name for name in METHODS if name in results.cells]
     tasks = [task for task in results.tasks if all(results.of(name, task) for name in names)]
+    if not tasks:
+        return
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for name in names if tasks else ():
+    for name in names:
         share = results.average(name, lambda cell: cell["parameters"]["trainable_percent"])
         accuracy = statistics.mean(results.mean(name, task) for task in tasks)
         color = "tab:blue" if name.startswith("trpts") else "gray"
         axis.plot(share, accuracy, "o", color=color)
-        axis.annotate(name, (share, accuracy), xytext=(5, 3), textcoords="offset points", fontsize=9, color=color)
+        place = (5, -11) if name == "trpts" else (5, 3)  # it lies close to that with all tokens
+        axis.annotate(name, (share, accuracy), xytext=place, textcoords="offset points", fontsize=9, color=color)
     axis.set_xscale("log")
     axis.margins(x=0.15, y=0.1)
     axis.set_xlabel("trained, % of the model (head included)")
@@ -38,9 +41,11 @@ def draw_methods(results: Results, path: Path) -> None:
 
 
 def draw_ablations(results: Results, path: Path) -> None:
-    """Accuracy minus that of `trpts`, a row per variant, a dot per task and seed."""
+    """Accuracy minus that of `trpts`, a row per variant, a dot per task and seed, for tasks that have all; if any."""
     own = [v.name for compared in ABLATIONS.values() for v in compared if v.name not in METHODS]
     tasks = [task for task in results.tasks if all(results.of(name, task) for name in [*own, "trpts"])]
+    if not tasks:
+        return
     figure, axis = plt.subplots(figsize=(7, 0.26 * len(own) + 1.2), layout="constrained")
     for number, task in enumerate(tasks):
         default = results.mean("trpts", task)
@@ -53,8 +58,7 @@ def draw_ablations(results: Results, path: Path) -> None:
     axis.set_yticks(range(len(own)), own, fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel("accuracy minus the mean of trpts, points; shaded: the seeds of trpts")
-    if tasks:
-        axis.legend(frameon=False)
+    axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cells import Recipe, run_cell
+from benchmarks.cells import Recipe, quiet, run_cell
 from benchmarks.start import Pixels, Start
 from benchmarks.suites import Splits, add_arguments, named, tasks_of
 from benchmarks.variants import Variant
@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("cell", type=Path, help="its file")
     add_arguments(parser)
     arguments = parser.parse_args()
+    quiet()
     cell = json.loads(arguments.cell.read_text(encoding="utf-8"))
     (task,) = named(tasks_of(arguments.suite, arguments.source), [cell["task"]])
     found = again(cell, task.load(), arguments.model)

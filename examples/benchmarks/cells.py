@@ -12,6 +12,7 @@ import platform
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers.utils import logging
 
 from benchmarks.baselines import build
 from benchmarks.start import Pixels, Start, weights_digest
@@ -27,7 +29,7 @@ from measure import file_bytes
 from trpts_peft import TRPTSConfig, apply_token_selection, calibrate, estimate_cost, select
 from trpts_peft.metrics import accuracy_of
 
-__all__ = ["Recipe", "machine", "network", "run_cell", "validate", "versions"]
+__all__ = ["Recipe", "machine", "network", "quiet", "run_cell", "validate", "versions"]
 
 _PACKAGES = ("trpts-peft", "torch", "transformers", "accelerate", "peft", "datasets", "pillow")
 
@@ -148,6 +150,13 @@ def _parameters(model: nn.Module) -> dict[str, float]:
 def _images(start: Start, test: Pixels) -> dict[str, Any]:
     sizes = {"train": len(start.pixels), "test": len(test), "classes": start.classes}
     return {**sizes, "train_pixels": start.pixels.digest(), "test_pixels": test.digest()}
+
+
+def quiet() -> None:
+    """Errors only: every cell loads a model, gives it a new head, and may calibrate it."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    getLogger("trpts_peft").setLevel("ERROR")
 
 
 def versions() -> dict[str, str]:

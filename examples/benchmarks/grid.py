@@ -17,15 +17,13 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from logging import getLogger
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import logging
 
 from benchmarks.baselines import BASELINES
-from benchmarks.cells import Recipe, run_cell, validate
+from benchmarks.cells import Recipe, quiet, run_cell, validate
 from benchmarks.start import Pixels, Start, weights_digest
 from benchmarks.suites import Task, add_arguments, named, tasks_of
 from benchmarks.variants import ABLATIONS, METHODS, VARIANTS, Variant
@@ -178,9 +176,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if torch.cuda.device_count() > 1:
         parser.error("a cell must train on one GPU, got several: name one in CUDA_VISIBLE_DEVICES.")
-    logging.set_verbosity_error()  # a line for each cell is enough
-    logging.disable_progress_bar()
-    getLogger("trpts_peft").setLevel("ERROR")
+    quiet()
     torch.set_num_threads(arguments.threads)
     tasks = tasks_of(arguments.suite, arguments.source)
     chosen, choosing = named(tasks, arguments.tasks or [task.name for task in tasks]), named(tasks, arguments.choosing)

@@ -19,7 +19,7 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.data import default_collate
 
-from benchmarks.cells import machine, network, versions
+from benchmarks.cells import machine, network, quiet, versions
 from benchmarks.start import Start
 from benchmarks.suites import add_arguments, named, tasks_of
 from benchmarks.variants import METHODS, Variant
@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="file to write")
     parser.add_argument("--repeats", type=int, default=21, help="rounds")
     arguments = parser.parse_args()
+    quiet()
     torch.set_num_threads(1)  # processor time of several threads counts their waiting
     (task,) = named(tasks_of(arguments.suite, arguments.source), [arguments.task])
     splits = task.load()

@@ -118,10 +118,13 @@ def test_the_recipe_is_followed(given: Given, monkeypatch: pytest.MonkeyPatch) -
         assert group["weight_decay"] == 0
         return step(self, *arguments)
 
+    clip, norms = torch.nn.utils.clip_grad_norm_, set()
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda ps, norm, **k: norms.add(norm) or clip(ps, norm, **k))
     monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
     start = given.start()
     recipe = Recipe(epochs=5, batch_size=8, warmup=0.2)
     run_cell(start, given.test_images(start), "a", METHODS["linear"], 0, 0.1, recipe)
+    assert norms == {1.0}
     assert len(seen) == 10  # 15 images: two steps an epoch
     assert seen[:3] == [0.0, 0.05, 0.1]
     assert seen[6] == pytest.approx(0.05) and all(a > b for a, b in pairwise(seen[2:]))

@@ -57,7 +57,8 @@ def main() -> None:
     cell = json.loads(arguments.cell.read_text(encoding="utf-8"))
     (task,) = named(tasks_of(arguments.suite, arguments.source), [cell["task"]])
     found = again(cell, task.load(), arguments.model)
-    print("\n".join(differences(cell, found, _GROUNDS)))
+    for line in differences(cell, found, _GROUNDS):
+        print(line)
     wrong = list(differences(cell, found, _NUMBERS))
     print("\n".join(wrong) or f"accuracy {cell['accuracy']}: the same")
     sys.exit(1 if wrong else 0)

@@ -128,10 +128,10 @@ class Grid:
     def _read(self, path: Path, ground: Mapping[str, Any]) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         for name, value in json.loads(json.dumps({**self._ground(), **ground})).items():
-            if content[name] != value:
+            if content.get(name) != value:
                 raise ValueError(
-                    f"`output` must hold cells of this {name}, {value}, got {content[name]} in {str(path)!r}: delete "
-                    "it, or name another folder."
+                    f"`output` must hold cells of this {name}, {value}, got {content.get(name)} in {str(path)!r}: "
+                    "delete it, or name another folder."
                 )
         return content
 

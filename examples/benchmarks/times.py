@@ -31,9 +31,9 @@ _BATCH = 32
 
 def times(start: Start, variants: Sequence[Variant], repeats: int) -> dict[str, dict[str, float]]:
     """{variant: {"training", "prediction"}}: medians of ratios to full fine-tuning, which must be among `variants`."""
-    collated = default_collate([start.pixels[index] for index in range(_BATCH)])
-    batch = {name: tensor.to(start.base().device) for name, tensor in collated.items()}
     models = {variant.name: network(start, variant, seed=0) for variant in variants}
+    collated = default_collate([start.pixels[index] for index in range(_BATCH)])
+    batch = {name: tensor.to(models["full"].device) for name, tensor in collated.items()}
     predicting = {name: inference(_merged(copy.deepcopy(model)), batch) for name, model in models.items()}
     steps = {name: training_step(model) for name, model in models.items()}
     training = {name: (lambda step=step: step(batch)) for name, step in steps.items()}

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from trpts_peft.sparse_linear import (
+    _WRITING,
     _rows_to_visit,
     added_linear,
     compose_weight,
     index_columns,
-    is_thin,
     keeps_used,
     sparse_linear,
+    updates_in_place,
 )
 
 ROWS, INPUTS = 6, 64
-# Used columns, and what is done with that many: a product of their own; a composed weight; all of the input kept.
-PATHS = {"thin": 3, "composed": 10, "whole input": 40}
+PATHS = {"used columns": 10, "whole input": 40}  # what is kept of the input, and used columns that make it so
 
 
-def case(dtype=torch.float32, columns=None, shape=(2, 5, INPUTS), bias=True, path="composed"):
+@pytest.fixture(autouse=True, params=[True, False], ids=["in place", "composed"])
+def in_place(request, monkeypatch):
+    """Every test once on each way to W + Δ."""
+    if not request.param:
+        monkeypatch.setattr("trpts_peft.sparse_linear.updates_in_place", lambda weight: False)
+    return request.param
+
+
+def case(dtype=torch.float32, columns=None, shape=(2, 5, INPUTS), bias=True, path="used columns"):
     """x, weight, bias, columns, values, with gradients for all but weight and columns."""
     if columns is None:
         used = torch.randperm(INPUTS)[: PATHS[path]].sort().values
@@ -79,15 +89,78 @@ def test_compose_weight_leaves_the_weight_alone():
     assert torch.equal(weight, before)
 
 
-@pytest.mark.parametrize(("path", "thin"), [("thin", True), ("composed", False), ("whole input", False)])
-def test_the_share_of_used_columns_decides_the_path(path, thin):
-    used, _ = index_columns(case(path=path)[3])
-    assert is_thin(len(used), INPUTS) is thin
-
-
-def test_the_limit_between_the_paths():
-    assert [is_thin(used, 768) for used in (1, 38, 39, 768)] == [True, True, False, False]
+def test_the_share_of_used_columns_decides_what_is_kept():
     assert [keeps_used(used, 768) for used in (1, 384, 385, 768)] == [True, True, False, False]
+
+
+def test_a_weight_that_others_may_look_at_is_left_alone():
+    weight = torch.zeros(ROWS, INPUTS)
+    assert updates_in_place(weight) and updates_in_place(torch.nn.Parameter(weight))
+    assert not updates_in_place(weight.clone().share_memory_())
+    assert not updates_in_place(weight.to("meta"))
+    assert not torch.compile(lambda: updates_in_place(weight), backend="eager", fullgraph=True)()
+
+
+def watched(monkeypatch, weight, during=lambda: None):
+    """Whether `weight` had its own bits in each product with rows that was formed, when it was."""
+    before, seen, product, linear = weight.clone(), [], torch.Tensor.__matmul__, F.linear
+
+    def look(multiply, *args):
+        seen.append(torch.equal(weight, before))
+        during()
+        return multiply(*args)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda *args: look(product, *args))
+    monkeypatch.setattr(F, "linear", lambda *args: look(linear, *args))
+    return seen
+
+
+@each_path
+def test_the_weight_has_its_own_bits_after_every_pass(path, in_place, monkeypatch):
+    x, weight, bias, columns, values = case(path=path)
+    version, before, seen = weight._version, weight.clone(), watched(monkeypatch, weight)
+    y = sparse(x, weight, bias, columns, values)
+    assert torch.equal(weight, before)
+    y.sum().backward()
+    assert torch.equal(weight, before) and weight._version == version
+    assert seen == [not in_place, not in_place, True]  # forward; the gradient of x; that of the values
+
+
+def test_the_weight_is_not_touched_where_nothing_trains(monkeypatch):
+    x, weight, bias, columns, values = case()
+    seen = watched(monkeypatch, weight)
+    sparse(x, weight, bias, columns, values.detach())
+    with torch.no_grad():
+        sparse(x, weight, bias, columns, values)
+    assert seen == [True, True]
+
+
+def test_the_weight_has_its_own_bits_after_an_error(monkeypatch):
+    x, weight, bias, columns, values = case()
+    before = weight.clone()
+    watched(monkeypatch, weight, lambda: pytest.fail("interrupted"))
+    with pytest.raises(pytest.fail.Exception, match="interrupted"):
+        sparse(x, weight, bias, columns, values)
+    assert torch.equal(weight, before)
+
+
+def test_one_thread_at_a_time_writes(in_place, monkeypatch):
+    free = []
+
+    def ask():
+        free.append(_WRITING.acquire(blocking=False))
+        if free[-1]:
+            _WRITING.release()
+
+    def ask_in_another_thread():
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join()
+
+    x, weight, bias, columns, values = case()
+    watched(monkeypatch, weight, ask_in_another_thread)
+    sparse(x, weight, bias, columns, values)
+    assert free == [not in_place]
 
 
 @each_product
@@ -178,14 +251,14 @@ def test_the_output_may_be_changed_in_place(path, shape):
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("path", ["thin", "composed"])
-def test_values_add_up_in_their_own_precision(path, monkeypatch):
+@each_product
+def test_values_add_up_in_their_own_precision(product):
     """A column that occurs twice, with values whose sum 16 bits can hold, though not the first of them."""
-    monkeypatch.setattr("trpts_peft.sparse_linear._THIN_SHARE", int(path == "thin"))
     columns = torch.tensor([[1, 1]]).expand(ROWS, -1).contiguous()
     x = torch.randn(4, INPUTS).bfloat16()
     values = torch.tensor([[257.0, -256.0]]).expand(ROWS, -1)
-    y = sparse(x, torch.zeros(ROWS, INPUTS), None, columns, values)
+    weight = torch.zeros(ROWS, INPUTS, dtype=x.dtype if product is added else torch.float32)
+    y = product(x, weight, None, columns, values)
     assert torch.equal(y, x[:, 1:2].expand_as(y))
 
 
@@ -205,9 +278,8 @@ def saved_by(function):
     return saved
 
 
-@pytest.mark.parametrize("path", ["thin", "composed"])
-def test_backward_keeps_only_the_used_columns_of_the_input(path):
-    x, weight, bias, columns, values = case(path=path)
+def test_backward_keeps_only_the_used_columns_of_the_input():
+    x, weight, bias, columns, values = case()
     used, _ = index_columns(columns)
     saved = saved_by(lambda: sparse(x, weight, bias, columns, values))
     (kept,) = [t for t in saved if t.is_floating_point() and t.shape[0] == 10]
@@ -244,9 +316,8 @@ def test_a_device_that_would_have_to_wait_is_not_asked(monkeypatch):
     assert _rows_to_visit(torch.zeros(10, ROWS), None) is None
 
 
-@pytest.mark.parametrize("path", ["thin", "composed"])
-def test_the_gradient_of_the_bias_comes_with_that_of_the_values(path, monkeypatch):
-    x, weight, bias, columns, values = case(path=path)
+def test_the_gradient_of_the_bias_comes_with_that_of_the_values(monkeypatch):
+    x, weight, bias, columns, values = case()
     y = sparse(x, weight, bias, columns, values)
     monkeypatch.setattr(torch.Tensor, "sum", lambda *_, **__: pytest.fail("summed"))
     (gradient,) = torch.autograd.grad(y, bias, torch.ones_like(y), retain_graph=True)
@@ -259,7 +330,7 @@ def test_nothing_is_gathered_to_be_thrown_away(path, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "index_select", lambda *args: gathered.append(1) or select(*args))
     with torch.no_grad():
         sparse(*arguments)
-    assert len(gathered) == (path == "thin")
+    assert not gathered
 
 
 def test_a_large_gradient_is_formed_some_rows_at_a_time(monkeypatch):

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .functional import tokens_with_gradient
 
-__all__ = ["added_linear", "compose_weight", "index_columns", "is_thin", "keeps_used", "sparse_linear"]
+__all__ = ["added_linear", "compose_weight", "index_columns", "keeps_used", "sparse_linear", "updates_in_place"]
 
-# Measured on ViT-B/16 (docs/benchmarks.md): to compose W + Δ costs the same for any number of used columns; a product
-# for Δ alone costs more with every used column, and is cheaper below this share of them.
-_THIN_SHARE = 1 / 20
 # A rule of thumb: q, k and v share one input, but no used columns, so from some share on all of it takes less memory.
 _WHOLE_INPUT_SHARE = 1 / 2
 _GRADIENT_ENTRIES = 2**18  # of a weight gradient at a time, where all of the input was kept
+_WRITING = threading.RLock()  # two threads that train on one weight: the second would take W + Δ for W
 
 
 def index_columns(columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,22 +33,35 @@ def compose_weight(weight: Tensor, columns: Tensor, values: Tensor) -> Tensor:
     return weight.scatter_add(1, columns, values.to(weight.dtype))
 
 
-def is_thin(used: int, in_features: int) -> bool:
-    """Whether x Δᵀ is a product of its own, over the `used` columns; else W + Δ is composed.
+def updates_in_place(weight: Tensor) -> bool:
+    """Whether a training step writes Δ into W while it multiplies, and puts the old entries back; else it copies W.
 
-    A rule on shapes alone, so that a run that is resumed computes what the interrupted one would have, to the bit.
+    The products are the same to the bit, and what is written is a few thousandths of W. Not where others may look at
+    W meanwhile: in a compiled graph, on a device that works on several streams, in memory that processes share.
     """
-    return used <= _THIN_SHARE * in_features
+    if torch.compiler.is_compiling() or weight.device.type != "cpu":
+        return False
+    return type(weight) in (Tensor, nn.Parameter) and not weight.is_shared()
+
+
+@contextmanager
+def _updated_weight(weight: Tensor, columns: Tensor, values: Tensor, in_place: bool) -> Iterator[Tensor]:
+    """Within, W + Δ: `weight` itself, which has its own bits again afterwards, or a tensor of its own."""
+    if not in_place:
+        yield compose_weight(weight, columns, values)
+        return
+    with _WRITING:
+        entries = weight.data  # for autograd, W does not change
+        originals = entries.gather(1, columns)
+        try:
+            yield entries.scatter_add_(1, columns, values.to(weight.dtype))
+        finally:
+            entries.scatter_(1, columns, originals)
 
 
 def keeps_used(used: int, in_features: int) -> bool:
     """Whether backward gets a copy of the input's `used` columns; else the input itself. A rule on shapes alone."""
     return used <= _WHOLE_INPUT_SHARE * in_features
-
-
-def _thin_update(values: Tensor, slots: Tensor, used: int, dtype: torch.dtype) -> Tensor:
-    """Δ over the used columns, (out, U); equal columns add up in the precision of `values`."""
-    return values.new_zeros(values.shape[0], used).scatter_add_(1, slots, values).to(dtype)
 
 
 class _SparseLinear(torch.autograd.Function):
@@ -67,37 +81,30 @@ class _SparseLinear(torch.autograd.Function):
         values: Tensor,
         used: Tensor,
         slots: Tensor,
-        thin: bool,
+        in_place: bool,
         keep: str | None,
         tokens: int | None,
     ) -> Tensor:
-        ctx.thin, ctx.keep, ctx.tokens = thin, keep, tokens
-        x_used = rows.index_select(1, used) if thin or keep == "used" else None
-        kept = _with_ones(x_used) if keep == "used" and x_used is not None else rows if keep == "input" else None
-        ctx.save_for_backward(kept, weight, columns, values, used, slots)
-        if x_used is None or not thin:
-            return F.linear(rows, compose_weight(weight, columns, values).to(rows.dtype), bias)
-        delta = _thin_update(values, slots, used.shape[0], rows.dtype).t()
-        y = x_used @ delta if bias is None else torch.addmm(bias, x_used, delta)
-        return y.addmm_(rows, weight.t().to(rows.dtype))
+        ctx.in_place, ctx.keep, ctx.tokens = in_place, keep, tokens
+        kept = _with_ones(rows.index_select(1, used)) if keep == "used" else rows if keep == "input" else None
+        ctx.save_for_backward(kept, weight, columns, values, slots)
+        with _updated_weight(weight, columns, values, in_place) as updated:
+            return F.linear(rows, updated.to(rows.dtype), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
-        kept, weight, columns, values, used, slots = ctx.saved_tensors
+        kept, weight, columns, values, slots = ctx.saved_tensors
         needs_x, _, needs_bias, _, needs_values, *_ = ctx.needs_input_grad
         grad_x = grad_bias = grad_values = None
         visited, count = _rows_to_visit(grad_rows, ctx.tokens), grad_rows.shape[0]
         if visited is not None:
             grad_rows, kept = grad_rows[visited], kept if kept is None else kept[visited]
-        if needs_x and ctx.thin:
-            delta = _thin_update(values, slots, used.shape[0], grad_rows.dtype)
-            grad_x = (grad_rows @ weight.to(grad_rows.dtype)).index_add_(1, used, grad_rows @ delta)
-        elif needs_x:
-            # Composed again, so that no dense copy of W is kept between forward and backward.
-            grad_x = grad_rows @ compose_weight(weight, columns, values).to(grad_rows.dtype)
-        if grad_x is not None and visited is not None:
-            grad_x = grad_x.new_zeros(count, grad_x.shape[1]).index_copy_(0, visited, grad_x)
+        if needs_x:  # W + Δ once more, so that no dense copy of it is kept between forward and backward
+            with _updated_weight(weight, columns, values, ctx.in_place) as updated:
+                grad_x = grad_rows @ updated.to(grad_rows.dtype)
+            if visited is not None:
+                grad_x = grad_x.new_zeros(count, grad_x.shape[1]).index_copy_(0, visited, grad_x)
         if needs_values and ctx.keep == "used":
             grad_used = kept.t() @ grad_rows
             grad_values = grad_used.t().gather(1, slots).to(values.dtype)
@@ -146,6 +153,7 @@ def sparse_linear(
     """x (W + Δ)ᵀ + b with no gradient for W; keeps U of the in_features input columns for backward.
 
     Where U is more than half of in_features, all of x is kept instead, without a copy.
+    W is changed and put back within a step that trains on a CPU (`updates_in_place`): no other thread may use it then.
     On a CPU, backward leaves out the tokens of (B, T, in_features) whose gradient is zero in all samples.
 
     Args:
@@ -161,15 +169,15 @@ def sparse_linear(
         (..., out_features) in the dtype of `x`.
     """
     inputs, tokens = weight.shape[1], x.shape[1] if x.dim() == 3 else None
-    keep = None
+    keep, in_place = None, False
     if torch.is_grad_enabled() and values.requires_grad:
-        keep = "used" if keeps_used(used.shape[0], inputs) else "input"
-    thin = is_thin(used.shape[0], inputs)
+        keep, in_place = "used" if keeps_used(used.shape[0], inputs) else "input", updates_in_place(weight)
     rows = x.reshape(-1, inputs)
-    y: Tensor = _SparseLinear.apply(rows, weight, bias, columns, values, used, slots, thin, keep, tokens)  # type: ignore[no-untyped-call]
+    y: Tensor = _SparseLinear.apply(rows, weight, bias, columns, values, used, slots, in_place, keep, tokens)  # type: ignore[no-untyped-call]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
 def added_linear(base_output: Tensor, x: Tensor, values: Tensor, used: Tensor, slots: Tensor) -> Tensor:
     """base_output + x Δᵀ as a thin product over the used columns, by plain autograd; see `sparse_linear`."""
-    return base_output + F.linear(x.index_select(-1, used), _thin_update(values, slots, len(used), x.dtype))
+    delta = values.new_zeros(values.shape[0], used.shape[0]).scatter_add_(1, slots, values)
+    return base_output + F.linear(x.index_select(-1, used), delta.to(x.dtype))

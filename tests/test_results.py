@@ -11,7 +11,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from benchmarks.recorded import Results
-from benchmarks.results import ablation_table, comparison_table, filled, method_table, rate_table
+from benchmarks.results import ablation_table, comparison_table, filled, marked_table, method_table, rate_table
 from benchmarks.results_figures import draw_ablations, draw_methods
 from benchmarks.variants import ABLATIONS, METHODS
 
@@ -66,6 +66,15 @@ def test_an_ablation_shows_tasks_that_have_all_of_it(write: Any) -> None:
     lines = ablation_table(write.results(), "biases").splitlines()
     assert lines[0] == "| variant | b | mean | trained % of the backbone |"
     assert lines[2:] == ["| trpts | 70.0 | 70.0 | 0.75 |", "| no-bias | 65.0 ± 7.1 | 65.0 | 0.50 |"]
+
+
+def test_what_scores_mark(write: Any) -> None:
+    scores = ("fisher", "gradient", "magnitude", "random")
+    shares = {score: {"used": 0.1 * n, "constant": 0.01 * n} for n, score in enumerate(scores, 1)}
+    (write.folder / "marked.json").write_text(json.dumps({"mean": {"fc1": {"constant": 0.5, **shares}}}))
+    lines = marked_table(write.results()).splitlines()
+    assert lines[0].startswith("| linear | used: fisher | used: gradient |")
+    assert lines[2:] == ["| fc1 | 10 | 20 | 30 | 40 | 50 | 1 | 2 | 3 |"]
 
 
 def test_tables_stand_between_their_marks(write: Any) -> None:

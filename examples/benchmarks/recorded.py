@@ -23,15 +23,17 @@ class Results:
         cells: {variant: {task: cells, one per seed}}.
         rates: {variant: {task: what was chosen from}}.
         times: what `benchmarks.times` measured, or empty.
+        marked: what `benchmarks.marked` measured, as means over tasks, or empty.
     """
 
     cells: Mapping[str, Mapping[str, Sequence[Cell]]]
     rates: Mapping[str, Mapping[str, Any]]
     times: Mapping[str, Any]
+    marked: Mapping[str, Any]
 
     @classmethod
     def read(cls, folder: Path) -> Results:
-        """From `<task>/<variant>/seed-<n>.json`, `rates.json` beside them, and `times.json`."""
+        """From `<task>/<variant>/seed-<n>.json`, `rates.json` beside them, `times.json` and `marked.json`."""
         cells: dict[str, dict[str, list[Cell]]] = {}
         rates: dict[str, dict[str, Any]] = {}
         for path in sorted(folder.glob("*/*/*.json")):
@@ -40,8 +42,8 @@ class Results:
                 rates.setdefault(variant, {})[task] = content["accuracy"]
             else:
                 cells.setdefault(variant, {}).setdefault(task, []).append(content)
-        times = folder / "times.json"
-        return cls(cells, rates, json.loads(times.read_text(encoding="utf-8"))["to_full"] if times.is_file() else {})
+        times, marked = _content(folder / "times.json"), _content(folder / "marked.json")
+        return cls(cells, rates, times.get("to_full", {}), marked.get("mean", {}))
 
     @cached_property
     def tasks(self) -> list[str]:
@@ -66,3 +68,8 @@ class Results:
         tasks = list(self.rates.get(variant, {}).values())
         common = set.intersection(*(set(found) for found in tasks)) if tasks else set()
         return {float(rate): statistics.mean(found[rate] for found in tasks) for rate in sorted(common, key=float)}
+
+
+def _content(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content

@@ -18,7 +18,7 @@ from benchmarks.results_figures import draw_ablations, draw_methods
 from benchmarks.variants import ABLATIONS, METHODS, VARIANTS
 from tables import markdown_table
 
-__all__ = ["ablation_table", "comparison_table", "filled", "method_table", "rate_table"]
+__all__ = ["ablation_table", "comparison_table", "filled", "marked_table", "method_table", "rate_table"]
 
 _DOCS = Path(__file__).parents[2] / "docs"
 _BLOCK = re.compile(r"(<!-- table: (\S+)/(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -83,6 +83,27 @@ def ablation_table(results: Results, question: str) -> str:
     return markdown_table(["variant", *tasks, "mean", "trained % of the backbone"], rows)
 
 
+def marked_table(results: Results) -> str:
+    """Per kind of linear and score: the share of inputs that some neuron marks, and the constant part of the marked."""
+    scores = ("fisher", "gradient", "magnitude", "random")
+    header = [
+        "linear",
+        *(f"used: {score}" for score in scores),
+        "constant: all",
+        *(f"constant: {score}" for score in scores[:-1]),
+    ]
+    rows = [
+        [
+            kind,
+            *(f"{100 * shares[score]['used']:.0f}" for score in scores),
+            f"{100 * shares['constant']:.0f}",
+            *(f"{100 * shares[score]['constant']:.0f}" for score in scores[:-1]),
+        ]
+        for kind, shares in results.marked.items()
+    ]
+    return markdown_table(header, rows)
+
+
 def _spread(values: Sequence[float]) -> str:
     if not values:
         return ""
@@ -95,6 +116,7 @@ def filled(page: str, suites: Mapping[str, Results]) -> str:
         "methods": method_table,
         "comparison": comparison_table,
         "rates": rate_table,
+        "marked": marked_table,
     }
     for question in ABLATIONS:
         tables[question.replace(" ", "-")] = lambda results, question=question: ablation_table(results, question)

@@ -1,0 +1,107 @@
+"""What the scores mark: how many of a linear's inputs its neurons share, and how much these inputs vary.
+
+    cd examples && python -m benchmarks.marked --suite local --source FOLDER --model MODEL --output FILE.json
+
+An input that is nearly the same for all tokens of all images makes of its weight a second bias.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from benchmarks.cells import machine, quiet, versions
+from benchmarks.start import Start, weights_digest
+from benchmarks.suites import add_arguments, named, tasks_of
+from trpts_peft.functional import top_connections
+from trpts_peft.run_folder import write_json
+
+__all__ = ["SCORES", "constant_parts", "marked"]
+
+SCORES = ("fisher", "gradient", "magnitude", "random")
+
+
+def constant_parts(base: nn.Module, names: Iterable[str], batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """E[x]² / E[x²] of every input of some linears, (in_features,), over all tokens of all images."""
+    first, second, counts = defaultdict[str, Any](int), defaultdict[str, Any](int), defaultdict[str, int](int)
+
+    def watch(name: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], _output: Tensor) -> None:
+            x = args[0].flatten(0, -2).double()
+            first[name] += x.sum(0)
+            second[name] += x.square().sum(0)
+            counts[name] += len(x)
+
+        return hook
+
+    handles = [base.get_submodule(name).register_forward_hook(watch(name)) for name in names]
+    base.eval()
+    with torch.no_grad():
+        for batch in batches:
+            base(pixel_values=batch["pixel_values"].to(base.device))
+    for handle in handles:
+        handle.remove()
+    return {name: (first[name].square() / counts[name] / second[name]).cpu() for name in counts}
+
+
+def marked(start: Start, connections: int = 2) -> dict[str, dict[str, Any]]:
+    """What each score marks with so many connections per neuron, as means over blocks.
+
+    Returns:
+        {kind of linear: {"constant": mean constant part of its inputs, score: {"used": share of its inputs that some
+        neuron marks, "constant": mean constant part of the inputs marked}}}; a random score is drawn with seed 0.
+    """
+    base, generator = start.base(), torch.Generator().manual_seed(0)
+    measured = {score: start.scores(score, {}) for score in ("fisher", "gradient")}
+    constant = constant_parts(base, measured["fisher"], DataLoader(start.pixels, 32))
+    found = defaultdict[str, list[dict[str, Any]]](list)
+    for name, part in constant.items():
+        weight = base.get_submodule(name).weight.detach().cpu()
+        scores = {score: values[name] for score, values in measured.items()}
+        scores |= {"magnitude": weight.abs(), "random": torch.rand(weight.shape, generator=generator)}
+        columns = {score: top_connections(values, connections) for score, values in scores.items()}
+        shares = {
+            score: {"used": len(marks.unique()) / weight.shape[1], "constant": float(part[marks].mean())}
+            for score, marks in columns.items()
+        }
+        found[name.rpartition(".")[2]].append({"constant": float(part.mean()), **shares})
+    return {kind: _means(rows) for kind, rows in found.items()}
+
+
+def _means(rows: list[Any]) -> Any:
+    """Of equal trees of numbers, the tree of means."""
+    if isinstance(rows[0], dict):
+        return {key: _means([row[key] for row in rows]) for key in rows[0]}
+    return mean(rows)
+
+
+def main() -> None:
+    """Measure the tasks that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--tasks", nargs="+", help="only these")
+    parser.add_argument("--connections", type=int, default=2, help="per neuron")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file")
+    arguments = parser.parse_args()
+    quiet()
+    tasks = tasks_of(arguments.suite, arguments.source)
+    by_task = {}
+    for task in named(tasks, arguments.tasks or [task.name for task in tasks]):
+        splits = task.load()
+        by_task[task.name] = marked(Start(arguments.model, splits.full, splits.classes), arguments.connections)
+        print(task.name, "done", flush=True)
+    ground = {"connections": arguments.connections, "versions": versions(), "machine": machine()}
+    model = {"name": Path(arguments.model).name, "weights": weights_digest(arguments.model)}
+    write_json(arguments.output, {**ground, "model": model, "tasks": by_task, "mean": _means(list(by_task.values()))})
+
+
+if __name__ == "__main__":
+    main()

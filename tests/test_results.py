@@ -87,6 +87,15 @@ def test_tables_stand_between_their_marks(write: Any) -> None:
         filled(page.replace("biases", "biasses"), {"one": write.results()})
 
 
+def test_a_method_without_all_tasks_is_not_drawn(write: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    write("trpts", {"a": [50.0], "b": [60.0]})
+    write("lora", {"a": [90.0]})
+    drawn: list[float] = []
+    monkeypatch.setattr(Axes, "plot", lambda self, x, y, *args, **settings: drawn.append(y))
+    draw_methods(write.results(), tmp_path / "figure.png")
+    assert drawn == [55.0]
+
+
 @pytest.mark.parametrize("draw", [draw_methods, draw_ablations])
 @pytest.mark.parametrize("complete", [True, False])
 def test_figures_are_drawn(write: Any, tmp_path: Path, monkeypatch: Any, draw: Any, complete: bool) -> None:

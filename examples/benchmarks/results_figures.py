@@ -18,10 +18,10 @@ __all__ = ["draw_ablations", "draw_methods"]
 
 
 def draw_methods(results: Results, path: Path) -> None:
-    """Mean accuracy over the tasks that all methods have, against the share of the model that trains; if any."""
-    names = [name for name in METHODS if name in results.cells]
-    tasks = [task for task in results.tasks if all(results.of(name, task) for name in names)]
-    if not tasks:
+    """Mean accuracy against the share of the model that trains, of the methods that have every task; if any."""
+    tasks = results.tasks
+    names = [name for name in METHODS if name in results.cells and all(results.of(name, task) for task in tasks)]
+    if not names:
         return
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for name in names:

@@ -24,13 +24,6 @@ RESOLUTION = {
 }
 
 
-@pytest.fixture(autouse=True, params=[True, False], ids=["in place", "composed"])
-def in_place(request, monkeypatch):
-    """Every test once on each way to W + Δ."""
-    if not request.param:
-        monkeypatch.setattr("trpts_peft.sparse_linear.updates_in_place", lambda weight: False)
-
-
 def random_columns(count=3, inputs=INPUTS):
     return torch.stack([torch.randperm(inputs)[:count] for _ in range(ROWS)]).sort(dim=1).values
 

@@ -39,6 +39,14 @@ def test_constant_parts_over_batches_are_those_of_all_tokens_at_once(given: Give
     assert not any(module._forward_hooks for module in base.modules())
 
 
+def test_an_input_that_is_always_zero_is_constant(given: Given) -> None:
+    base, images = given.start().base(), torch.zeros(2, 3, 32, 32)
+    (name,) = [name for name in given.start().scores("fisher", {}) if name.endswith("0.attention.q_proj")]
+    layer = base.get_submodule(name.rpartition(".attention")[0]).layernorm_before
+    torch.nn.init.zeros_(layer.weight), torch.nn.init.zeros_(layer.bias)
+    assert marked.constant_parts(base, [name], [{"pixel_values": images}])[name].eq(1).all()
+
+
 @pytest.mark.parametrize(
     ("score", "variant"), [("fisher", "fisher-2"), ("gradient", "gps"), ("magnitude", "magnitude-2")]
 )

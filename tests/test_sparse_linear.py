@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from trpts_peft.sparse_linear import (
-    _WRITING,
     _rows_to_visit,
     added_linear,
     compose_weight,
     index_columns,
     keeps_used,
     sparse_linear,
-    updates_in_place,
 )
 
 ROWS, INPUTS = 6, 64
 PATHS = {"used columns": 10, "whole input": 40}  # what is kept of the input, and used columns that make it so
-
-
-@pytest.fixture(autouse=True, params=[True, False], ids=["in place", "composed"])
-def in_place(request, monkeypatch):
-    """Every test once on each way to W + Δ."""
-    if not request.param:
-        monkeypatch.setattr("trpts_peft.sparse_linear.updates_in_place", lambda weight: False)
-    return request.param
 
 
 def case(dtype=torch.float32, columns=None, shape=(2, 5, INPUTS), bias=True, path="used columns"):
@@ -93,74 +81,20 @@ def test_the_share_of_used_columns_decides_what_is_kept():
     assert [keeps_used(used, 768) for used in (1, 384, 385, 768)] == [True, True, False, False]
 
 
-def test_a_weight_that_others_may_look_at_is_left_alone():
-    weight = torch.zeros(ROWS, INPUTS)
-    assert updates_in_place(weight) and updates_in_place(torch.nn.Parameter(weight))
-    assert not updates_in_place(weight.clone().share_memory_())
-    assert not updates_in_place(weight.to("meta"))
-    assert not torch.compile(lambda: updates_in_place(weight), backend="eager", fullgraph=True)()
-
-
-def watched(monkeypatch, weight, during=lambda: None):
-    """Whether `weight` had its own bits in each product with rows that was formed, when it was."""
+@each_path
+def test_the_weight_is_never_written(path, monkeypatch):
+    x, weight, bias, columns, values = case(path=path)
     before, seen, product, linear = weight.clone(), [], torch.Tensor.__matmul__, F.linear
 
     def look(multiply, *args):
         seen.append(torch.equal(weight, before))
-        during()
         return multiply(*args)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda *args: look(product, *args))
     monkeypatch.setattr(F, "linear", lambda *args: look(linear, *args))
-    return seen
-
-
-@each_path
-def test_the_weight_has_its_own_bits_after_every_pass(path, in_place, monkeypatch):
-    x, weight, bias, columns, values = case(path=path)
-    version, before, seen = weight._version, weight.clone(), watched(monkeypatch, weight)
-    y = sparse(x, weight, bias, columns, values)
+    sparse(x, weight, bias, columns, values).sum().backward()
+    assert seen == [True, True, True]  # forward; the gradient of x; that of the values
     assert torch.equal(weight, before)
-    y.sum().backward()
-    assert torch.equal(weight, before) and weight._version == version
-    assert seen == [not in_place, not in_place, True]  # forward; the gradient of x; that of the values
-
-
-def test_the_weight_is_not_touched_where_nothing_trains(monkeypatch):
-    x, weight, bias, columns, values = case()
-    seen = watched(monkeypatch, weight)
-    sparse(x, weight, bias, columns, values.detach())
-    with torch.no_grad():
-        sparse(x, weight, bias, columns, values)
-    assert seen == [True, True]
-
-
-def test_the_weight_has_its_own_bits_after_an_error(monkeypatch):
-    x, weight, bias, columns, values = case()
-    before = weight.clone()
-    watched(monkeypatch, weight, lambda: pytest.fail("interrupted"))
-    with pytest.raises(pytest.fail.Exception, match="interrupted"):
-        sparse(x, weight, bias, columns, values)
-    assert torch.equal(weight, before)
-
-
-def test_one_thread_at_a_time_writes(in_place, monkeypatch):
-    free = []
-
-    def ask():
-        free.append(_WRITING.acquire(blocking=False))
-        if free[-1]:
-            _WRITING.release()
-
-    def ask_in_another_thread():
-        thread = threading.Thread(target=ask)
-        thread.start()
-        thread.join()
-
-    x, weight, bias, columns, values = case()
-    watched(monkeypatch, weight, ask_in_another_thread)
-    sparse(x, weight, bias, columns, values)
-    assert free == [not in_place]
 
 
 @each_product
@@ -251,15 +185,14 @@ def test_the_output_may_be_changed_in_place(path, shape):
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
 
 
-@each_product
-def test_values_add_up_in_their_own_precision(product):
+def test_values_add_up_in_their_own_precision():
     """A column that occurs twice, with values whose sum 16 bits can hold, though not the first of them."""
     columns = torch.tensor([[1, 1]]).expand(ROWS, -1).contiguous()
     x = torch.randn(4, INPUTS).bfloat16()
     values = torch.tensor([[257.0, -256.0]]).expand(ROWS, -1)
-    weight = torch.zeros(ROWS, INPUTS, dtype=x.dtype if product is added else torch.float32)
-    y = product(x, weight, None, columns, values)
-    assert torch.equal(y, x[:, 1:2].expand_as(y))
+    for weight, product in ((torch.zeros(ROWS, INPUTS), sparse), (torch.zeros(ROWS, INPUTS).bfloat16(), added)):
+        y = product(x, weight, None, columns, values)
+        assert torch.equal(y, x[:, 1:2].expand_as(y))
 
 
 @each_path

@@ -44,12 +44,15 @@ def constant_parts(base: nn.Module, names: Iterable[str], batches: Iterable[Mapp
 
     handles = [base.get_submodule(name).register_forward_hook(watch(name)) for name in names]
     base.eval()
-    with torch.no_grad():
-        for batch in batches:
-            base(pixel_values=batch["pixel_values"].to(base.device))
-    for handle in handles:
-        handle.remove()
-    return {name: (first[name].square() / counts[name] / second[name]).cpu() for name in counts}
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                base(pixel_values=batch["pixel_values"].to(base.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    # An input that is always zero has nothing but its constant part: 0 / 0 there.
+    return {name: (first[name].square() / counts[name] / second[name]).nan_to_num(1.0).cpu() for name in counts}
 
 
 def marked(start: Start, connections: int = 2) -> dict[str, dict[str, Any]]:
@@ -67,7 +70,7 @@ def marked(start: Start, connections: int = 2) -> dict[str, dict[str, Any]]:
         weight = base.get_submodule(name).weight.detach().cpu()
         scores = {score: values[name] for score, values in measured.items()}
         scores |= {"magnitude": weight.abs(), "random": torch.rand(weight.shape, generator=generator)}
-        columns = {score: top_connections(values, connections) for score, values in scores.items()}
+        columns = {score: top_connections(scores[score], connections) for score in SCORES}
         shares = {
             score: {"used": len(marks.unique()) / weight.shape[1], "constant": float(part[marks].mean())}
             for score, marks in columns.items()

@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.marked import SCORES
 from benchmarks.recorded import Results
 from benchmarks.results_figures import draw_ablations, draw_methods
 from benchmarks.variants import ABLATIONS, METHODS, VARIANTS
@@ -85,19 +86,18 @@ def ablation_table(results: Results, question: str) -> str:
 
 def marked_table(results: Results) -> str:
     """Per kind of linear and score: the share of inputs that some neuron marks, and the constant part of the marked."""
-    scores = ("fisher", "gradient", "magnitude", "random")
     header = [
         "linear",
-        *(f"used: {score}" for score in scores),
+        *(f"used: {score}" for score in SCORES),
         "constant: all",
-        *(f"constant: {score}" for score in scores[:-1]),
+        *(f"constant: {score}" for score in SCORES[:-1]),
     ]
     rows = [
         [
             kind,
-            *(f"{100 * shares[score]['used']:.0f}" for score in scores),
+            *(f"{100 * shares[score]['used']:.0f}" for score in SCORES),
             f"{100 * shares['constant']:.0f}",
-            *(f"{100 * shares[score]['constant']:.0f}" for score in scores[:-1]),
+            *(f"{100 * shares[score]['constant']:.0f}" for score in SCORES[:-1]),
         ]
         for kind, shares in results.marked.items()
     ]

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .functional import tokens_with_gradient
 
-__all__ = ["added_linear", "compose_weight", "index_columns", "keeps_used", "sparse_linear", "updates_in_place"]
+__all__ = ["added_linear", "compose_weight", "index_columns", "keeps_used", "sparse_linear"]
 
 # A rule of thumb: q, k and v share one input, but no used columns, so from some share on all of it takes less memory.
 _WHOLE_INPUT_SHARE = 1 / 2
 _GRADIENT_ENTRIES = 2**18  # of a weight gradient at a time, where all of the input was kept
-_WRITING = threading.RLock()  # two threads that train on one weight: the second would take W + Δ for W
 
 
 def index_columns(columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,32 +27,6 @@ def index_columns(columns: Tensor) -> tuple[Tensor, Tensor]:
 def compose_weight(weight: Tensor, columns: Tensor, values: Tensor) -> Tensor:
     """W + Δ in the dtype of `weight`: (out, in) plus `values` (out, C) at `columns` (out, C); equal columns add up."""
     return weight.scatter_add(1, columns, values.to(weight.dtype))
-
-
-def updates_in_place(weight: Tensor) -> bool:
-    """Whether a training step writes Δ into W while it multiplies, and puts the old entries back; else it copies W.
-
-    The products are the same to the bit, and what is written is a few thousandths of W. Not where others may look at
-    W meanwhile: in a compiled graph, on a device that works on several streams, in memory that processes share.
-    """
-    if torch.compiler.is_compiling() or weight.device.type != "cpu":
-        return False
-    return type(weight) in (Tensor, nn.Parameter) and not weight.is_shared()
-
-
-@contextmanager
-def _updated_weight(weight: Tensor, columns: Tensor, values: Tensor, in_place: bool) -> Iterator[Tensor]:
-    """Within, W + Δ: `weight` itself, which has its own bits again afterwards, or a tensor of its own."""
-    if not in_place:
-        yield compose_weight(weight, columns, values)
-        return
-    with _WRITING:
-        entries = weight.data  # for autograd, W does not change
-        originals = entries.gather(1, columns)
-        try:
-            yield entries.scatter_add_(1, columns, values.to(weight.dtype))
-        finally:
-            entries.scatter_(1, columns, originals)
 
 
 def keeps_used(used: int, in_features: int) -> bool:
@@ -81,15 +51,13 @@ class _SparseLinear(torch.autograd.Function):
         values: Tensor,
         used: Tensor,
         slots: Tensor,
-        in_place: bool,
         keep: str | None,
         tokens: int | None,
     ) -> Tensor:
-        ctx.in_place, ctx.keep, ctx.tokens = in_place, keep, tokens
+        ctx.keep, ctx.tokens = keep, tokens
         kept = _with_ones(rows.index_select(1, used)) if keep == "used" else rows if keep == "input" else None
         ctx.save_for_backward(kept, weight, columns, values, slots)
-        with _updated_weight(weight, columns, values, in_place) as updated:
-            return F.linear(rows, updated.to(rows.dtype), bias)
+        return F.linear(rows, compose_weight(weight, columns, values).to(rows.dtype), bias)
 
     @staticmethod
     @once_differentiable
@@ -100,9 +68,8 @@ class _SparseLinear(torch.autograd.Function):
         visited, count = _rows_to_visit(grad_rows, ctx.tokens), grad_rows.shape[0]
         if visited is not None:
             grad_rows, kept = grad_rows[visited], kept if kept is None else kept[visited]
-        if needs_x:  # W + Δ once more, so that no dense copy of it is kept between forward and backward
-            with _updated_weight(weight, columns, values, ctx.in_place) as updated:
-                grad_x = grad_rows @ updated.to(grad_rows.dtype)
+        if needs_x:  # composed again, so that no dense copy of W is kept between forward and backward
+            grad_x = grad_rows @ compose_weight(weight, columns, values).to(grad_rows.dtype)
             if visited is not None:
                 grad_x = grad_x.new_zeros(count, grad_x.shape[1]).index_copy_(0, visited, grad_x)
         if needs_values and ctx.keep == "used":
@@ -113,7 +80,7 @@ class _SparseLinear(torch.autograd.Function):
             grad_values = _gathered_gradient(kept, grad_rows, columns).to(values.dtype)
         if needs_bias and grad_bias is None:
             grad_bias = grad_rows.sum(dim=0)
-        return grad_x, None, grad_bias, None, grad_values, None, None, None, None, None
+        return grad_x, None, grad_bias, None, grad_values, None, None, None, None
 
 
 def _sums_by_product(rows: Tensor) -> bool:
@@ -153,7 +120,6 @@ def sparse_linear(
     """x (W + Δ)ᵀ + b with no gradient for W; keeps U of the in_features input columns for backward.
 
     Where U is more than half of in_features, all of x is kept instead, without a copy.
-    W is changed and put back within a step that trains on a CPU (`updates_in_place`): no other thread may use it then.
     On a CPU, backward leaves out the tokens of (B, T, in_features) whose gradient is zero in all samples.
 
     Args:
@@ -161,7 +127,7 @@ def sparse_linear(
         weight: W, frozen, (out_features, in_features).
         bias: b, (out_features,) in the dtype of `x`, or None.
         columns: int64 (out_features, C); a column may occur twice in a row, then its values add up.
-        values: (out_features, C), possibly of higher precision than `x`.
+        values: (out_features, C), possibly of higher precision than `weight`, to which W + Δ is rounded.
         used: int64 (U,), input columns that cover `columns`.
         slots: int64 (out_features, C), used[slots] = columns.
 
@@ -169,11 +135,11 @@ def sparse_linear(
         (..., out_features) in the dtype of `x`.
     """
     inputs, tokens = weight.shape[1], x.shape[1] if x.dim() == 3 else None
-    keep, in_place = None, False
+    keep = None
     if torch.is_grad_enabled() and values.requires_grad:
-        keep, in_place = "used" if keeps_used(used.shape[0], inputs) else "input", updates_in_place(weight)
+        keep = "used" if keeps_used(used.shape[0], inputs) else "input"
     rows = x.reshape(-1, inputs)
-    y: Tensor = _SparseLinear.apply(rows, weight, bias, columns, values, used, slots, in_place, keep, tokens)  # type: ignore[no-untyped-call]
+    y: Tensor = _SparseLinear.apply(rows, weight, bias, columns, values, used, slots, keep, tokens)  # type: ignore[no-untyped-call]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 

@@ -16,6 +16,8 @@ from benchmarks.variants import ABLATIONS, METHODS
 
 __all__ = ["draw_ablations", "draw_methods"]
 
+_PLACES = {"gps": (-27, 2), "trpts-all-tokens": (6, -7), "trpts": (6, -18)}  # of names whose points lie close together
+
 
 def draw_methods(results: Results, path: Path) -> None:
     """Mean accuracy against the share of the model that trains, of the methods that have every task; if any."""
@@ -29,7 +31,7 @@ def draw_methods(results: Results, path: Path) -> None:
         accuracy = statistics.mean(results.mean(name, task) for task in tasks)
         color = "tab:blue" if name.startswith("trpts") else "gray"
         axis.plot(share, accuracy, "o", color=color)
-        place = (5, -11) if name == "trpts" else (5, 3)  # it lies close to that with all tokens
+        place = _PLACES.get(name, (5, 3))
         axis.annotate(name, (share, accuracy), xytext=place, textcoords="offset points", fontsize=9, color=color)
     axis.set_xscale("log")
     axis.margins(x=0.15, y=0.1)

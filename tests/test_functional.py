@@ -99,6 +99,13 @@ def test_squared_gradient_sum_refuses_shapes_that_do_not_match(shapes):
         TF.squared_gradient_sum(torch.zeros(shapes[0]), torch.zeros(shapes[1]))
 
 
+@pytest.mark.parametrize("value", [1e-30, -1e-30, math.nan, math.inf])
+def test_a_token_has_a_gradient_if_any_entry_of_any_sample_is_not_zero(value):
+    gradients = torch.zeros(2, 4, 3)
+    gradients[1, 2, 1] = value
+    assert TF.tokens_with_gradient(gradients).tolist() == [2]
+
+
 # ---- eq. 3 ----
 
 

@@ -98,6 +98,12 @@ def test_a_variant_trains_at_the_rate_of_another(given: Given, tmp_path: Path, c
     ]
 
 
+def test_a_variant_trains_faster_than_another(given: Given, tmp_path: Path, counted: Any) -> None:
+    Grid(given.model, RECIPE, tmp_path / "grid").run(given.tasks[:1], [VARIANTS["trpts-fast"]], [0])
+    assert [(name, rate) for name, _, _, rate in counted.validated] == [("trpts", r) for r in (0.01, 0.03, 0.09)]
+    assert [(name, rate) for _, name, _, rate, *_ in counted.ran] == [("trpts-fast", 0.09)]
+
+
 def test_rates_of_all_tasks_are_chosen_on_a_few(given: Given, tmp_path: Path, counted: Any) -> None:
     """By the mean over them; what was tried once is not tried again, not even for another choice."""
     write_folder(Path(given.source) / "c", splits={"train": 6, "test": 1})  # 14 images to train on, not 12

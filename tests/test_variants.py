@@ -28,7 +28,7 @@ def test_a_name_is_one_variant() -> None:
 
 def test_ablations_change_one_thing() -> None:
     """But for budgets, which need the cap away, and placements, which are tried at two rates."""
-    for question in set(ABLATIONS) - {"score"}:
+    for question in set(ABLATIONS) - {"score", "learning rate"}:
         for variant in ABLATIONS[question]:
             settings = {k: v for k, v in variant.options.items() if k in SETTINGS and v != SETTINGS[k]}
             changed = [*settings, *variant.scoring, *([] if variant.probed_head else ["head"])]
@@ -46,6 +46,15 @@ def test_scores_differ_in_the_score_alone() -> None:
             assert {**variant.options, "importance": "fisher"} == expected
 
 
+def test_learning_rates_are_a_step_from_the_best_and_change_nothing_else() -> None:
+    steps = {"trpts-fast": 3.0, "lora-fast": 3.0, "fisher-2-fast": 3.0, "random-2-slow": 1 / 3}
+    assert {v.name: v.rate_times for v in VARIANTS.values() if v.rate_times != 1} == steps
+    for name in steps:
+        other = VARIANTS[name.rpartition("-")[0]]
+        changed = {"name": name, "rate_of": other.name, "rate_times": steps[name]}
+        assert vars(VARIANTS[name]) == {**vars(other), **changed}
+
+
 def test_what_is_drawn_is_drawn_by_the_seed_of_the_cell() -> None:
     drawing = {variant.name for variant in VARIANTS.values() if variant.draws}
-    assert drawing == {"shira", "random-2", "random-0.95", "random-0.8"}
+    assert drawing == {"shira", "random-2", "random-2-slow", "random-0.95", "random-0.8"}

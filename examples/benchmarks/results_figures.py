@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.recorded import Results
-from benchmarks.variants import ABLATIONS, METHODS
+from benchmarks.variants import ABLATIONS, METHODS, VARIANTS
 
 __all__ = ["draw_ablations", "draw_methods"]
 
@@ -44,7 +44,8 @@ def draw_methods(results: Results, path: Path) -> None:
 
 def draw_ablations(results: Results, path: Path) -> None:
     """Accuracy minus that of `trpts`, a row per variant, a dot per task and seed, for tasks that have all; if any."""
-    own = [v.name for compared in ABLATIONS.values() for v in compared if v.name not in METHODS]
+    compared = {variant.name for variants in ABLATIONS.values() for variant in variants}
+    own = [name for name in VARIANTS if name in compared - set(METHODS)]
     tasks = [task for task in results.tasks if all(results.of(name, task) for name in [*own, "trpts"])]
     if not tasks:
         return

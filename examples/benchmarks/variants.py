@@ -29,6 +29,7 @@ class Variant:
         token_options: of the TRPTSConfig that chooses where another method drops tokens; None: it drops none.
         probed_head: whether training starts from the head that `calibrate` fits, or from a random one.
         rate_of: the variant whose learning rate it trains at; empty: its own.
+        rate_times: a factor on that learning rate.
         draws: whether the method draws by an option `seed`, which is then that of the cell.
     """
 
@@ -39,6 +40,7 @@ class Variant:
     token_options: Mapping[str, Any] | None = None
     probed_head: bool = True
     rate_of: str = ""
+    rate_times: float = 1.0
     draws: bool = False
 
 
@@ -92,6 +94,12 @@ def _budget(percent: float) -> Variant:
     return replace(_options(f"budget-{percent:g}", budget=percent / 100, max_connections=None), rate_of="")
 
 
+def _at(speed: str, variant: Variant) -> Variant:
+    """A step of the grid's learning rates away from the best one."""
+    times = {"fast": 3.0, "slow": 1 / 3}[speed]
+    return replace(variant, name=f"{variant.name}-{speed}", rate_of=variant.rate_of or variant.name, rate_times=times)
+
+
 _DEFAULT = METHODS["trpts"]
 _linear_tokens = Variant("linear-tokens", "linear", token_options=SETTINGS, rate_of="linear")
 
@@ -107,6 +115,16 @@ ABLATIONS = {
         _options("random-0.8", token_placement="random", keep_rate=0.8),
     ],
     "score": [_scores("fisher"), METHODS["gps"], _scores("magnitude"), _scores("random")],
+    "learning rate": [
+        _DEFAULT,
+        _at("fast", _DEFAULT),
+        METHODS["lora"],
+        _at("fast", METHODS["lora"]),
+        _scores("fisher"),
+        _at("fast", _scores("fisher")),
+        _at("slow", _scores("random")),
+        _scores("random"),
+    ],
     "allocation": [
         _DEFAULT,
         _options("module-units", allocation_unit="module"),
@@ -120,7 +138,7 @@ ABLATIONS = {
         _options("least-2", min_connections=2),
         _options("cap-16", max_connections=16),
         _options("no-cap", max_connections=None),
-        *map(_budget, (2, 4, 8.8)),
+        _budget(8.8),
         METHODS["lora"],
         METHODS["lora-six"],
         METHODS["shira"],

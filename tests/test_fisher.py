@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from peft import get_peft_model
 from safetensors.torch import save_file
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from trpts_peft import FisherScores, TRPTSConfig, estimate_fisher
 from trpts_peft.fisher import FisherCollector, per_sample_cross_entropy
@@ -176,6 +177,22 @@ def test_small_gradients_survive_autocast(score, tokens):
     gradients = torch.einsum("bto,bti->boi", grad.double(), x.double())
     expected = gradients.square().sum(0) if score == "fisher" else gradients.sum(0)
     torch.testing.assert_close(collector.sums["0"], expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_what_gelu_gives_is_not_kept_but_formed_anew(approximate):
+    model = nn.Sequential(nn.Linear(5, 4), nn.GELU(approximate), nn.Linear(4, 3))
+    given, x = [], torch.randn(6, 5)
+    model[1].register_forward_hook(
+        lambda *args: given.extend([StorageWeakRef(args[2].untyped_storage()), args[2].clone()])
+    )
+    collector = FisherCollector({"0": model[0], "2": model[2]}, "gradient", 256)
+    with collector.collecting(model):
+        loss = per_sample_cross_entropy(types.SimpleNamespace(logits=model(x)), torch.arange(6) % 3)
+        assert given[0].expired()
+        collector.add(loss)
+    grad = (given[1] @ model[2].weight.t() + model[2].bias).softmax(-1) - F.one_hot(torch.arange(6) % 3)
+    torch.testing.assert_close(collector.sums["2"].float(), grad.t() @ given[1])
 
 
 def test_inputs_without_a_token_axis_are_samples():

@@ -132,8 +132,8 @@ class FisherCollector:
             self._seen.add(name)
             if not output.requires_grad:  # nothing before is scored: the graph begins here
                 output = output.detach().requires_grad_()
-            inputs = args[0].detach()
-            output.register_hook(lambda grad: self._accumulate(name, inputs, grad))
+            inputs = _for_backward(args[0])
+            output.register_hook(lambda grad: self._accumulate(name, inputs(), grad))
             return output
 
         return watch
@@ -162,6 +162,15 @@ class FisherCollector:
         for name in list(self.sums):  # one by one: sums and scores together would need half as much again
             scores[name] = add_up(self.sums.pop(name)).div_(count).abs_().float().cpu()
         return FisherScores(scores, count)
+
+
+def _for_backward(inputs: Tensor) -> Callable[[], Tensor]:
+    """Gives the tensor while backward runs; GELU's output is formed anew from its input, which its backward keeps."""
+    node: Any = inputs.grad_fn
+    if node is not None and node.name() == "GeluBackward0":
+        return lambda: F.gelu(node._saved_self, approximate=node._saved_approximate)
+    kept = inputs.detach()
+    return lambda: kept
 
 
 def _by_sample(tensor: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ class Settings:
     train_batch: int = 4
     memory_batch: int = 8
     inference_batches: tuple[int, ...] = (8, 1)
-    rounds: int = 7
+    rounds: int = 15
     inference_rounds: int = 9
     fisher_images: int = 40
     shares: tuple[float, ...] = (0.02, 0.05, 0.1, 0.3, 1.0)

@@ -9,6 +9,8 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
+from torch import Tensor
 
 from benchmarks.cells import Recipe
 from benchmarks.start import Pixels, Start
@@ -50,3 +52,13 @@ def command(monkeypatch: pytest.MonkeyPatch, main: Callable[[], None], given: Gi
     common = ["--suite", "local", "--source", given.source, "--model", given.model]
     monkeypatch.setattr("sys.argv", ["benchmark", *common, *map(str, arguments)])
     main()
+
+
+def inputs_of(base: Any, name: str, pixels: Any) -> Tensor:
+    """All that enters a linear, (tokens of all images, in_features)."""
+    seen: list[Tensor] = []
+    handle = base.get_submodule(name).register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    with torch.no_grad():
+        base.eval()(pixel_values=torch.stack([image["pixel_values"] for image in pixels]))
+    handle.remove()
+    return seen[0].flatten(0, -2).double()

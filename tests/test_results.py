@@ -52,6 +52,13 @@ def test_comparisons_are_task_by_task(write: Any) -> None:
     assert comparison_table(write.results()).splitlines()[2:] == ["| lora | 2 | 1 | -1.0 ± 2.0 | -3.0 | +1.0 |"]
 
 
+def test_ablations_are_compared_where_they_have_every_task(write: Any) -> None:
+    write("trpts", {"a": [60.0], "b": [80.0], "c": [10.0]})
+    write("no-bias", {"a": [60.0], "b": [83.0]})
+    write("no-cap", {"a": [59.0], "b": [79.0], "c": [9.0]})
+    assert comparison_table(write.results()).splitlines()[2:] == ["| no-cap | 3 | 3 | +1.0 ± 0.0 | +1.0 | +1.0 |"]
+
+
 def test_the_rates_that_were_chosen(write: Any) -> None:
     write("lora", {"a": [1.0], "b": [1.0]})
     for task, rates in {"a": {"0.003": 50.0, "0.01": 60.0}, "b": {"0.003": 51.0, "0.01": 62.0, "0.03": 1.0}}.items():
@@ -119,4 +126,4 @@ def test_the_page_shows_the_recorded_cells() -> None:
     page = (DOCS / "results.md").read_text(encoding="utf-8")
     suites = {path.name: Results.read(path) for path in (DOCS / "results").iterdir() if path.is_dir()}
     assert filled(page, suites) == page
-    assert page.count("<!-- table:") == page.count("<!-- end -->") == 13
+    assert page.count("<!-- table:") == page.count("<!-- end -->") == 14

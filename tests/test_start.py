@@ -6,11 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn import functional as F
-from torch.utils.data import default_collate
 
 from benchmarks import start as start_module
-from benchmarks.start import Pixels, Start, batch_fisher, weights_digest
+from benchmarks.start import Pixels, Start, weights_digest
 from pictures import write_base
 from tasks import Given
 from trpts_peft.head import find_head
@@ -36,26 +34,11 @@ def test_what_is_measured_first_leaves_no_trace(given: Given) -> None:
 
 def test_scores_are_kept_apart(given: Given) -> None:
     start = given.start()
-    kinds = [("fisher", {}), ("gradient", {}), ("fisher", {"num_samples": 6}), ("fisher", {"per_batch": 4})]
+    changed = [{"num_samples": 6}, {"per_batch": 4}, {"varying": True}, {"shared": 0.25}]
+    kinds = [("fisher", {}), ("gradient", {}), *(("fisher", scoring) for scoring in changed)]
     scores = [start.scores(*kind)["vit.layers.0.mlp.fc1"] for kind in kinds]
     assert len({score.sum().item() for score in scores}) == len(kinds)
     assert start.scores("fisher", {}) is start.scores("fisher", {})
-
-
-def test_batch_fisher_squares_the_gradient_of_each_batch(given: Given) -> None:
-    """Batches are drawn: rows come sorted by class."""
-    start = given.start()
-    base, pixels = start.base().eval(), start.pixels
-    scores, linear = batch_fisher(base, pixels, 8), base.vit.layers[1].attention.q_proj
-    order = torch.randperm(15, generator=torch.Generator().manual_seed(0)).tolist()
-    expected = torch.zeros_like(linear.weight)
-    for places in (order[:8], order[8:]):
-        batch = default_collate([pixels[place] for place in places])
-        assert len(set(batch["labels"].tolist())) > 1
-        loss = F.cross_entropy(base(pixel_values=batch["pixel_values"]).logits, batch["labels"])
-        expected += torch.autograd.grad(loss, linear.weight)[0].square() / 2
-    assert torch.allclose(scores["vit.layers.1.attention.q_proj"], expected, rtol=1e-4, atol=1e-10)
-    assert set(scores) == set(start.scores("fisher", {}))
 
 
 def test_images_beyond_memory_are_read_as_needed(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ def test_a_name_is_one_variant() -> None:
 
 def test_ablations_change_one_thing() -> None:
     """But for budgets, which need the cap away, and placements, which are tried at two rates."""
-    for question in set(ABLATIONS) - {"score", "learning rate"}:
+    for question in set(ABLATIONS) - {"score", "inputs marked", "learning rate"}:
         for variant in ABLATIONS[question]:
             settings = {k: v for k, v in variant.options.items() if k in SETTINGS and v != SETTINGS[k]}
             changed = [*settings, *variant.scoring, *([] if variant.probed_head else ["head"])]
@@ -39,7 +39,7 @@ def test_ablations_change_one_thing() -> None:
 
 
 def test_scores_differ_in_the_score_alone() -> None:
-    for variant in ABLATIONS["score"]:
+    for variant in [*ABLATIONS["score"], *ABLATIONS["inputs marked"]]:
         assert variant.rate_of == ""
         if variant.method == "trpts":
             expected = {**SETTINGS, "min_connections": 2, "max_connections": 2, "token_layers": 0}

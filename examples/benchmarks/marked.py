@@ -9,50 +9,23 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from benchmarks.cells import machine, quiet, versions
+from benchmarks.scores import constant_parts
 from benchmarks.start import Start, weights_digest
 from benchmarks.suites import add_arguments, named, tasks_of
 from trpts_peft.functional import top_connections
 from trpts_peft.run_folder import write_json
 
-__all__ = ["SCORES", "constant_parts", "marked"]
+__all__ = ["SCORES", "marked"]
 
 SCORES = ("fisher", "gradient", "magnitude", "random")
-
-
-def constant_parts(base: nn.Module, names: Iterable[str], batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """E[x]² / E[x²] of every input of some linears, (in_features,), over all tokens of all images."""
-    first, second, counts = defaultdict[str, Any](int), defaultdict[str, Any](int), defaultdict[str, int](int)
-
-    def watch(name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], _output: Tensor) -> None:
-            x = args[0].flatten(0, -2).double()
-            first[name] += x.sum(0)
-            second[name] += x.square().sum(0)
-            counts[name] += len(x)
-
-        return hook
-
-    handles = [base.get_submodule(name).register_forward_hook(watch(name)) for name in names]
-    base.eval()
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                base(pixel_values=batch["pixel_values"].to(base.device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    # An input that is always zero has nothing but its constant part: 0 / 0 there.
-    return {name: (first[name].square() / counts[name] / second[name]).nan_to_num(1.0).cpu() for name in counts}
 
 
 def marked(start: Start, connections: int = 2) -> dict[str, dict[str, Any]]:

@@ -45,14 +45,19 @@ def _method_row(results: Results, name: str) -> list[str]:
 
 
 def comparison_table(results: Results, ours: str = "trpts") -> str:
-    """`ours` minus each other method, task by task: the mean difference with its standard error, and who wins."""
+    """`ours` minus others, task by task: the mean difference with its standard error, and who wins.
+
+    The others are the methods, and of the ablations those that have every task.
+    """
     header = ["against", "tasks", "won", "mean difference", "lowest", "highest"]
     return markdown_table(header, list(_comparisons(results, ours)))
 
 
 def _comparisons(results: Results, ours: str) -> Iterator[list[str]]:
-    for other in METHODS:
+    for other in VARIANTS:
         tasks = [task for task in results.tasks if results.of(ours, task) and results.of(other, task)]
+        if other not in METHODS and tasks != results.tasks:
+            continue
         differences = [results.mean(ours, task) - results.mean(other, task) for task in tasks]
         if other != ours and len(differences) > 1:
             error = statistics.stdev(differences) / len(differences) ** 0.5

@@ -16,7 +16,7 @@ from benchmarks.variants import ABLATIONS, METHODS, VARIANTS
 
 __all__ = ["draw_ablations", "draw_methods"]
 
-_PLACES = {"gps": (-27, 2), "trpts-all-tokens": (6, -7), "trpts": (6, -18)}  # of names whose points lie close together
+_PLACES = {"gps": (-27, 2), "trpts-all-tokens": (6, 4), "trpts": (-31, -7), "lora": (7, -6)}  # of close points
 
 
 def draw_methods(results: Results, path: Path) -> None:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from datasets import Dataset as Rows
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
+from benchmarks.scores import batch_fisher, constant_parts, shared_inputs, without_constant_parts
 from trpts_peft import FisherScores, estimate_fisher
 from trpts_peft.data import Batches
 from trpts_peft.finetuning import load_classifier, load_processor
@@ -26,7 +27,7 @@ from trpts_peft.image_data import with_pixel_values
 from trpts_peft.measurement import collect_features
 from trpts_peft.probe import LinearProbe, fit_linear_probe
 
-__all__ = ["Pixels", "Start", "batch_fisher", "weights_digest"]
+__all__ = ["Pixels", "Start", "weights_digest"]
 
 _IN_MEMORY = 2**30  # bytes
 _HEAD_DEVIATION = 0.02  # of a random head: that of ViTs
@@ -106,6 +107,11 @@ class Start:
                 base = self.base()
                 if "per_batch" in scoring:
                     self._scores[key] = batch_fisher(base, self.pixels, scoring["per_batch"])
+                elif "shared" in scoring:
+                    self._scores[key] = shared_inputs(self.scores(importance, {}), scoring["shared"])
+                elif "varying" in scoring:
+                    scores, batches = self.scores(importance, {}), DataLoader(self.pixels, 32)
+                    self._scores[key] = without_constant_parts(scores, constant_parts(base, scores, batches))
                 else:
                     found = estimate_fisher(base, self.pixels, score=importance, progress=False, **scoring)
                     self._scores[key] = found
@@ -119,21 +125,6 @@ def weights_digest(model: str) -> str:
         base = load_classifier(model, ["0", "1"])
     head = find_head(base, "default").name
     return _digest([value for name, value in sorted(base.state_dict().items()) if not name.startswith(f"{head}.")])
-
-
-def batch_fisher(base: PreTrainedModel, pixels: Pixels, batch_size: int) -> FisherScores:
-    """The mean over batches of (∂L/∂W)², L the mean loss of a batch: an inexact eq. 2 that the peers compute."""
-    scored = {n: m for n, m in base.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in f".{n}"}
-    weights = [linear.weight for linear in scored.values()]
-    sums, count = [torch.zeros_like(weight) for weight in weights], 0
-    base.eval()
-    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))  # rows may come sorted by class
-    for batch in DataLoader(Subset(pixels, order.tolist()), batch_size):
-        loss = base(**{name: tensor.to(base.device) for name, tensor in batch.items()}).loss
-        for total, gradient in zip(sums, torch.autograd.grad(loss, weights), strict=True):
-            total += gradient.square()
-        count += 1
-    return FisherScores(dict(zip(scored, ((total / count).cpu() for total in sums), strict=True)), len(pixels))
 
 
 @contextmanager

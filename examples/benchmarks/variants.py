@@ -24,8 +24,9 @@ class Variant:
         name: what its cells are called.
         method: a key of `BASELINES`.
         options: of the method.
-        scoring: how GPS and TR-PTS measure: arguments of `estimate_fisher`, or {"per_batch": size} for the squares of
-            batches' gradients.
+        scoring: how GPS and TR-PTS measure: arguments of `estimate_fisher`; or {"per_batch": size} for the squares of
+            batches' gradients, {"varying": True} without the constant part of each input, {"shared": share} for inputs
+            drawn by all neurons of a linear among the same share of them.
         token_options: of the TRPTSConfig that chooses where another method drops tokens; None: it drops none.
         probed_head: whether training starts from the head that `calibrate` fits, or from a random one.
         rate_of: the variant whose learning rate it trains at; empty: its own.
@@ -83,10 +84,10 @@ def _scoring(name: str, **scoring: Any) -> Variant:
     return _trpts(name, options=SETTINGS, scoring=scoring)
 
 
-def _scores(importance: str) -> Variant:
+def _scores(importance: str, name: str = "", **scoring: Any) -> Variant:
     """Two inputs per neuron by another score, all tokens: GPS but for the score, at a rate of its own as GPS."""
     options = {"importance": importance, "min_connections": 2, "max_connections": 2, "token_layers": 0}
-    return replace(_options(f"{importance}-2", **options), rate_of="")
+    return replace(_options(f"{name or importance}-2", **options), rate_of="", scoring=scoring)
 
 
 def _budget(percent: float) -> Variant:
@@ -115,6 +116,12 @@ ABLATIONS = {
         _options("random-0.8", token_placement="random", keep_rate=0.8),
     ],
     "score": [_scores("fisher"), METHODS["gps"], _scores("magnitude"), _scores("random")],
+    "inputs marked": [
+        _scores("fisher"),
+        _scores("fisher", "varying", varying=True),
+        _scores("fisher", "shared", shared=1 / 16),
+        _scores("random"),
+    ],
     "learning rate": [
         _DEFAULT,
         _at("fast", _DEFAULT),

@@ -195,6 +195,23 @@ def test_what_gelu_gives_is_not_kept_but_formed_anew(approximate):
     torch.testing.assert_close(collector.sums["2"].float(), grad.t() @ given[1])
 
 
+def test_what_gelu_gives_is_kept_where_it_was_changed_since():
+    model = nn.Sequential(nn.Linear(5, 4), nn.GELU(), nn.Linear(4, 3))
+
+    @torch.no_grad()
+    def steer(_module, _args, output):
+        output.mul_(2)
+
+    handle, x = model[1].register_forward_hook(steer), torch.randn(6, 5)
+    collector = FisherCollector({"0": model[0], "2": model[2]}, "gradient", 256)
+    with collector.collecting(model):
+        collector.add(per_sample_cross_entropy(types.SimpleNamespace(logits=model(x)), torch.arange(6) % 3))
+    handle.remove()
+    given = 2 * model[:2](x)
+    grad = model[2](given).softmax(-1) - F.one_hot(torch.arange(6) % 3)
+    torch.testing.assert_close(collector.sums["2"].float(), (grad.t() @ given).detach())
+
+
 def test_inputs_without_a_token_axis_are_samples():
     model, x = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)), torch.randn(6, 5)
     collector = FisherCollector({"0": model[0]}, "fisher", 256)

@@ -15,7 +15,8 @@ from tasks import Given, command, inputs_of
 
 
 @pytest.mark.parametrize(
-    ("score", "variant"), [("fisher", "fisher-2"), ("gradient", "gps"), ("magnitude", "magnitude-2")]
+    ("score", "variant"),
+    [("fisher", "fisher-2"), ("varying", "varying-2"), ("gradient", "gps"), ("magnitude", "magnitude-2")],
 )
 def test_a_score_marks_what_an_adapter_of_it_trains(given: Given, score: str, variant: str) -> None:
     start = given.start()

@@ -76,12 +76,12 @@ def test_an_ablation_shows_tasks_that_have_all_of_it(write: Any) -> None:
 
 
 def test_what_scores_mark(write: Any) -> None:
-    scores = ("fisher", "gradient", "magnitude", "random")
+    scores = ("fisher", "varying", "gradient", "magnitude", "random")
     shares = {score: {"used": 0.1 * n, "constant": 0.01 * n} for n, score in enumerate(scores, 1)}
     (write.folder / "marked.json").write_text(json.dumps({"mean": {"fc1": {"constant": 0.5, **shares}}}))
     lines = marked_table(write.results()).splitlines()
-    assert lines[0].startswith("| linear | used: fisher | used: gradient |")
-    assert lines[2:] == ["| fc1 | 10 | 20 | 30 | 40 | 50 | 1 | 2 | 3 |"]
+    assert lines[0].startswith("| linear | used: fisher | used: varying | used: gradient |")
+    assert lines[2:] == ["| fc1 | 10 | 20 | 30 | 40 | 50 | 50 | 1 | 2 | 3 | 4 |"]
 
 
 def test_tables_stand_between_their_marks(write: Any) -> None:

@@ -48,9 +48,9 @@ def test_an_input_that_is_always_zero_is_constant(given: Given) -> None:
 
 
 def test_what_is_constant_counts_for_nothing() -> None:
-    scores = FisherScores({"a": torch.tensor([[4.0, 8.0, 1.0]])}, num_samples=3)
-    found = without_constant_parts(scores, {"a": torch.tensor([0.0, 0.75, 1.0], dtype=torch.float64)})
-    assert found["a"].tolist() == [[4.0, 2.0, 0.0]] and found.num_samples == 3
+    scores = FisherScores({"a": torch.tensor([[4.0, 8.0, 1.0, 1.0]])}, num_samples=3)
+    found = without_constant_parts(scores, {"a": torch.tensor([0.0, 0.75, 1.0, 1 + 1e-15], dtype=torch.float64)})
+    assert found["a"].tolist() == [[4.0, 2.0, 0.0, 0.0]] and found.num_samples == 3
 
 
 def test_neurons_share_the_inputs_that_are_drawn() -> None:

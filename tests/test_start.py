@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import start as start_module
+from benchmarks.scores import constant_parts, shared_inputs, without_constant_parts
 from benchmarks.start import Pixels, Start, weights_digest
 from pictures import write_base
 from tasks import Given
@@ -39,6 +40,16 @@ def test_scores_are_kept_apart(given: Given) -> None:
     scores = [start.scores(*kind)["vit.layers.0.mlp.fc1"] for kind in kinds]
     assert len({score.sum().item() for score in scores}) == len(kinds)
     assert start.scores("fisher", {}) is start.scores("fisher", {})
+
+
+def test_scores_for_comparison_are_those_of_all_images(given: Given) -> None:
+    start = given.start()
+    fisher, pixels = start.scores("fisher", {}), torch.stack([image["pixel_values"] for image in start.pixels])
+    constant = constant_parts(start.base(), fisher, [{"pixel_values": pixels}])
+    varying, shared = start.scores("fisher", {"varying": True}), start.scores("fisher", {"shared": 0.25})
+    for name, score in without_constant_parts(fisher, constant).items():
+        torch.testing.assert_close(varying[name], score)
+        assert torch.equal(shared[name], shared_inputs(fisher, 0.25)[name])
 
 
 def test_images_beyond_memory_are_read_as_needed(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,8 @@ def test_scores_differ_in_the_score_alone() -> None:
         if variant.method == "trpts":
             expected = {**SETTINGS, "min_connections": 2, "max_connections": 2, "token_layers": 0}
             assert {**variant.options, "importance": "fisher"} == expected
+    scoring = {"varying-2": {"varying": True}, "shared-2": {"shared": 1 / 16}}
+    assert {v.name: v.scoring for v in ABLATIONS["inputs marked"] if v.scoring} == scoring
 
 
 def test_learning_rates_are_a_step_from_the_best_and_change_nothing_else() -> None:

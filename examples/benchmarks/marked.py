@@ -25,7 +25,7 @@ from trpts_peft.run_folder import write_json
 
 __all__ = ["SCORES", "marked"]
 
-SCORES = ("fisher", "gradient", "magnitude", "random")
+SCORES = ("fisher", "varying", "gradient", "magnitude", "random")
 
 
 def marked(start: Start, connections: int = 2) -> dict[str, dict[str, Any]]:
@@ -37,6 +37,7 @@ def marked(start: Start, connections: int = 2) -> dict[str, dict[str, Any]]:
     """
     base, generator = start.base(), torch.Generator().manual_seed(0)
     measured = {score: start.scores(score, {}) for score in ("fisher", "gradient")}
+    measured["varying"] = start.scores("fisher", {"varying": True})
     constant = constant_parts(base, measured["fisher"], DataLoader(start.pixels, 32))
     found = defaultdict[str, list[dict[str, Any]]](list)
     for name, part in constant.items():

@@ -58,7 +58,7 @@ def constant_parts(base: nn.Module, names: Iterable[str], batches: Iterable[Mapp
 
 def without_constant_parts(scores: FisherScores, constant: Mapping[str, Tensor]) -> FisherScores:
     """Each score times the part of its input that varies, 1 - E[x]² / E[x²]."""
-    varying = {name: score * (1 - constant[name]).float() for name, score in scores.items()}
+    varying = {name: score * (1 - constant[name]).clamp_min(0).float() for name, score in scores.items()}  # rounding
     return FisherScores(varying, scores.num_samples)
 
 

@@ -167,7 +167,8 @@ class FisherCollector:
 def _for_backward(inputs: Tensor) -> Callable[[], Tensor]:
     """Gives the tensor while backward runs; GELU's output is formed anew from its input, which its backward keeps."""
     node: Any = inputs.grad_fn
-    if node is not None and node.name() == "GeluBackward0":
+    unchanged = inputs._version == 0  # a hook may have written to it where autograd does not look
+    if unchanged and node is not None and node.name() == "GeluBackward0":
         return lambda: F.gelu(node._saved_self, approximate=node._saved_approximate)
     kept = inputs.detach()
     return lambda: kept

@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 
 Batch = Mapping[str, Tensor]
@@ -112,19 +113,20 @@ def resident_bytes(*tensors: Tensor) -> int:
 
 
 def saved_activation_bytes(model: nn.Module, batch: Batch) -> int:
-    """Bytes that a training forward keeps for backward: each storage once, parameters and buffers not counted."""
+    """Bytes that wait for backward after a training forward: each storage once, parameters and buffers not counted."""
     resident = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-    sizes: dict[int, int] = {}
+    saved: list[tuple[StorageWeakRef, int]] = []
 
     def pack(tensor: Tensor) -> Tensor:
         for part in (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,):
             storage = part.untyped_storage()
             if storage.data_ptr() not in resident:
-                sizes[storage.data_ptr()] = storage.nbytes()
+                saved.append((StorageWeakRef(storage), storage.nbytes()))
         return tensor.detach()  # the tensor itself may hold the graph that holds it
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model.train()(**batch).loss  # holds the graph, so that no storage is freed and its address used again
+        loss = model.train()(**batch).loss  # holds what it was computed from; what led nowhere is freed by now
+    sizes = {storage.cdata: size for storage, size in saved if not storage.expired()}
     del loss
     return sum(sizes.values())
 

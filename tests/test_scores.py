@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
-from benchmarks.scores import batch_fisher, constant_parts, shared_inputs, without_constant_parts
+from benchmarks.scores import batch_fisher, constant_parts, without_constant_parts
 from tasks import Given, inputs_of
 from trpts_peft import FisherScores
 
@@ -51,10 +51,3 @@ def test_what_is_constant_counts_for_nothing() -> None:
     scores = FisherScores({"a": torch.tensor([[4.0, 8.0, 1.0, 1.0]])}, num_samples=3)
     found = without_constant_parts(scores, {"a": torch.tensor([0.0, 0.75, 1.0, 1 + 1e-15], dtype=torch.float64)})
     assert found["a"].tolist() == [[4.0, 2.0, 0.0, 0.0]] and found.num_samples == 3
-
-
-def test_neurons_share_the_inputs_that_are_drawn() -> None:
-    scores = FisherScores({"a": torch.ones(40, 32), "b": torch.ones(40, 64)}, num_samples=3)
-    marks = [shared_inputs(scores, 1 / 8)[name].topk(2).indices for name in ("a", "b")]
-    assert [len(columns.unique()) for columns in marks] == [4, 8]
-    assert len({tuple(row) for row in marks[0].tolist()}) > 6  # not the same two for all

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import start as start_module
-from benchmarks.scores import constant_parts, shared_inputs, without_constant_parts
+from benchmarks.scores import constant_parts, without_constant_parts
 from benchmarks.start import Pixels, Start, weights_digest
 from pictures import write_base
 from tasks import Given
@@ -46,10 +46,20 @@ def test_scores_for_comparison_are_those_of_all_images(given: Given) -> None:
     start = given.start()
     fisher, pixels = start.scores("fisher", {}), torch.stack([image["pixel_values"] for image in start.pixels])
     constant = constant_parts(start.base(), fisher, [{"pixel_values": pixels}])
-    varying, shared = start.scores("fisher", {"varying": True}), start.scores("fisher", {"shared": 0.25})
+    varying = start.scores("fisher", {"varying": True})
     for name, score in without_constant_parts(fisher, constant).items():
         torch.testing.assert_close(varying[name], score)
-        assert torch.equal(shared[name], shared_inputs(fisher, 0.25)[name])
+
+
+def test_neurons_share_the_inputs_that_are_drawn(given: Given) -> None:
+    start = given.start()
+    shared = start.scores("fisher", {"shared": 0.25})
+    assert set(shared) == set(start.scores("fisher", {}))
+    for score in shared.values():
+        preferred = score >= 1
+        assert torch.equal(preferred, preferred[:1].expand_as(preferred))
+        assert preferred[0].sum() == score.shape[1] // 4
+        assert len({tuple(row) for row in score.topk(2).indices.tolist()}) > 6  # not the same two for all
 
 
 def test_images_beyond_memory_are_read_as_needed(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from trpts_peft import FisherScores
 
-__all__ = ["batch_fisher", "constant_parts", "shared_inputs", "without_constant_parts"]
+__all__ = ["batch_fisher", "constant_parts", "without_constant_parts"]
 
 
 def batch_fisher(base: nn.Module, pixels: Dataset[dict[str, Tensor]], batch_size: int) -> FisherScores:
@@ -58,15 +58,6 @@ def constant_parts(base: nn.Module, names: Iterable[str], batches: Iterable[Mapp
 
 def without_constant_parts(scores: FisherScores, constant: Mapping[str, Tensor]) -> FisherScores:
     """Each score times the part of its input that varies, 1 - E[x]² / E[x²]."""
-    varying = {name: score * (1 - constant[name]).clamp_min(0).float() for name, score in scores.items()}  # rounding
+    # Rounding may make a part a little more than 1, but no score is negative.
+    varying = {name: score * (1 - constant[name]).clamp_min(0).float() for name, score in scores.items()}
     return FisherScores(varying, scores.num_samples)
-
-
-def shared_inputs(scores: FisherScores, share: float) -> FisherScores:
-    """Scores drawn at random, by which all neurons of a linear mark inputs among the same few, `share` of all."""
-    generator, drawn = torch.Generator().manual_seed(0), {}
-    for name, score in scores.items():
-        inputs = score.shape[1]
-        drawn[name] = torch.rand(score.shape, generator=generator)
-        drawn[name][:, torch.randperm(inputs, generator=generator)[: round(share * inputs)]] += 1
-    return FisherScores(drawn, num_samples=0)

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
-from benchmarks.scores import batch_fisher, constant_parts, shared_inputs, without_constant_parts
+from benchmarks.methods import drawn_scores, everywhere
+from benchmarks.scores import batch_fisher, constant_parts, without_constant_parts
 from trpts_peft import FisherScores, estimate_fisher
 from trpts_peft.data import Batches
 from trpts_peft.finetuning import load_classifier, load_processor
@@ -108,7 +109,7 @@ class Start:
                 if "per_batch" in scoring:
                     self._scores[key] = batch_fisher(base, self.pixels, scoring["per_batch"])
                 elif "shared" in scoring:
-                    self._scores[key] = shared_inputs(self.scores(importance, {}), scoring["shared"])
+                    self._scores[key] = drawn_scores(base, everywhere(scoring["shared"]))
                 elif "varying" in scoring:
                     scores, batches = self.scores(importance, {}), DataLoader(self.pixels, 32)
                     self._scores[key] = without_constant_parts(scores, constant_parts(base, scores, batches))

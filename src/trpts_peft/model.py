@@ -160,8 +160,10 @@ class TRPTSModel(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate one adapter, or several that select tokens alike; their updates add up."""
-        self._check_alike([adapter_name] if isinstance(adapter_name, str) else adapter_name)
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        found = _find(self.model, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        self._check_alike([adapter_name] if isinstance(adapter_name, str) else adapter_name, found)
+        set_adapter(_Found(found), adapter_name, inference_mode=inference_mode, layer_cls=TRPTSLayer)
+        self.active_adapter = adapter_name
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write the updates of the active (or the named) adapters into the base weights; `unmerge_adapter` is exact."""
@@ -299,12 +301,29 @@ class TRPTSModel(BaseTuner):
         return tensors
 
 
-def _tuner_layers(module: nn.Module) -> list[Any]:
-    """All tuner layers; what lies within one, the larger part of all modules, is not visited."""
+def _tuner_layers(model: nn.Module) -> list[Any]:
+    return _find(model, (BaseTunerLayer,))
+
+
+def _find(module: nn.Module, kinds: tuple[type, ...]) -> list[Any]:
+    """All modules of these kinds; what lies within a tuner layer, the larger part of all modules, is not visited."""
     found: list[Any] = []
     for child in module.children():
-        found += [child] if isinstance(child, BaseTunerLayer) else _tuner_layers(child)
+        if isinstance(child, kinds):
+            found.append(child)
+        if not isinstance(child, BaseTunerLayer):
+            found += _find(child, kinds)
     return found
+
+
+class _Found:
+    """Stands for a model where PEFT would walk through all of its modules for the few that are listed."""
+
+    def __init__(self, modules: list[Any]) -> None:
+        self._found = modules
+
+    def modules(self) -> list[Any]:
+        return self._found
 
 
 def _check_whole(layers: list[Any]) -> None:
@@ -328,7 +347,7 @@ def _check_entries(layers: list[Any], adapter_names: list[str]) -> None:
 
 def _onloaded(layer: Any) -> AbstractContextManager[None]:
     """Fetches what accelerate has moved away. Otherwise nothing: to look through all submodules takes its time."""
-    offloaded = hasattr(getattr(layer, "base_layer", None), "_hf_hook")
+    offloaded = isinstance(layer, TRPTSLinear) and "_hf_hook" in vars(layer._modules["base_layer"])
     context: AbstractContextManager[None] = onload_layer(layer) if offloaded else nullcontext()
     return context
 

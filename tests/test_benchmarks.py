@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from measure import interleaved_seconds, median_ratio, peak_bytes, resident_byte
 from tables import markdown_table
 
 WIDTH, BLOCKS = 40, 12
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
 @pytest.fixture
@@ -147,6 +149,22 @@ def test_actions_take_turns():
 
 def test_ratios_are_taken_within_a_round():
     assert median_ratio([2.0, 30.0, 5.0], [1.0, 10.0, 2.0]) == 2.5
+
+
+def test_the_page_shows_the_tables_of_the_recorded_run():
+    recorded = json.loads((DOCS / "benchmarks" / "cost-cpu.json").read_text(encoding="utf-8"))
+    page = (DOCS / "benchmarks.md").read_text(encoding="utf-8")
+    for table in (
+        report.bar_table(report.bars_of(recorded)),
+        report.training_table(recorded["training"]),
+        report.fisher_table(recorded["fisher"]),
+        report.inference_table(recorded["inference"]),
+        report.forward_table(recorded["forward"]),
+        report.switching_table(recorded["switching"]),
+        report.disk_table(recorded["disk"]),
+    ):
+        missing = [line for line in table.splitlines() if line not in page.splitlines()]
+        assert missing == []
 
 
 def test_markdown_table():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import types
 
 import pytest
@@ -12,6 +13,7 @@ from peft import get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
 from trpts_peft import FisherScores, TRPTSConfig, estimate_fisher
 from trpts_peft.fisher import FisherCollector, per_sample_cross_entropy
@@ -233,6 +235,14 @@ def test_sums_are_given_up_one_by_one(tiny_vit, labelled_images):
     scores = collector.result(lambda total: left.append(len(collector.sums)) or 2 * total)
     assert left == [24, *range(23, -1, -1)]  # the count first
     assert scores.num_samples == 6
+
+
+def test_checkpointing_that_goes_on_in_evaluation_is_refused(tiny_vit, labelled_images):
+    model = tiny_vit()
+    block = model.vit.layers[1]
+    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    with pytest.raises(ValueError, match="switch off activation checkpointing"):
+        estimate(model, labelled_images(2))
 
 
 def test_a_linear_that_is_called_twice_is_refused():

@@ -128,7 +128,10 @@ class FisherCollector:
             if not torch.is_grad_enabled():
                 return output
             if name in self._seen:
-                raise ValueError(f"`model` must call each targeted linear once per pass, got two calls of {name}.")
+                raise ValueError(
+                    f"`model` must call each targeted linear once per pass, got two calls of {name}: switch off "
+                    "activation checkpointing that outlasts training mode, or do not target a linear that blocks share."
+                )
             self._seen.add(name)
             if not output.requires_grad:  # nothing before is scored: the graph begins here
                 output = output.detach().requires_grad_()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -43,8 +43,8 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
 
     Per adapter: `trpts_columns` int64 (out_features, C), `trpts_values` (out_features, C), `trpts_bias`
     (out_features,) where the base has a bias and the config trains it, and `trpts_fingerprint`, up to 64 entries of
-    the base weight. `trpts_used` and `trpts_slots` follow from the columns; `overwritten` holds the entries of weight
-    and bias that `merge` has replaced.
+    the base weight. `trpts_used` and `trpts_slots` follow from the columns; `trpts_originals` and
+    `trpts_original_bias` hold what `merge` has overwritten.
 
     While hooks sit on the base layer, the base layer itself is called and the update is added to its output; without
     hooks the two weights are added first, which is faster.
@@ -56,7 +56,8 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         "trpts_fingerprint",
         "trpts_used",
         "trpts_slots",
-        "overwritten",
+        "trpts_originals",
+        "trpts_original_bias",
     )
 
     def __init__(self, base_layer: nn.Linear) -> None:
@@ -69,7 +70,8 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         self.trpts_fingerprint = BufferDict(persistent=True)
         self.trpts_used = BufferDict(persistent=False)
         self.trpts_slots = BufferDict(persistent=False)
-        self.overwritten: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self.trpts_originals = BufferDict(persistent=False)
+        self.trpts_original_bias = BufferDict(persistent=False)
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
@@ -162,8 +164,8 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         """The base weight (out_features, in_features) as it is without any merged adapter."""
         weight = self.base_layer.weight.detach()
         for name in reversed(self.merged_adapters):
-            if name in self.overwritten:
-                weight = weight.scatter(1, self.trpts_columns[name], self.overwritten[name][0].to(weight))
+            if name in self.trpts_originals:
+                weight = weight.scatter(1, self.trpts_columns[name], self.trpts_originals[name])
         return weight
 
     def base_fingerprint(self) -> Tensor:
@@ -260,17 +262,16 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.trpts_values]
         if safe_merge:
             self.check_merge(names)
-        base, all_columns, all_values, biases = self._parts()
+        base, all_columns, all_values, biases, originals, original_bias = self._parts()
         weight = base.weight.data
         for name in names:
-            columns, original_bias = all_columns[name], None
-            original = weight.gather(1, columns)
+            columns = all_columns[name]
+            originals[name] = weight.gather(1, columns)
             weight.scatter_add_(1, columns, all_values[name].data.to(weight.dtype))
             if name in biases:
                 bias = base.bias.data
-                original_bias = bias.clone()
+                original_bias[name] = bias.clone()
                 bias.add_(biases[name].data.to(bias.dtype))
-            self.overwritten[name] = original, original_bias
             self.merged_adapters.append(name)
 
     def check_merge(self, adapter_names: list[str]) -> None:
@@ -290,21 +291,27 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        base, all_columns, _, _ = self._parts()
+        base, all_columns, _, _, originals, original_bias = self._parts()
         weight = base.weight.data
         while self.merged_adapters:
             name = self.merged_adapters.pop()
-            original, bias = self.overwritten.pop(name)
-            weight.gather(1, all_columns[name])  # loads wait for memory together, stores for one another: load first
-            weight.scatter_(1, all_columns[name], original.to(weight))
-            if bias is not None:
-                base.bias.data.copy_(bias)
+            columns = all_columns[name]
+            weight.gather(1, columns)  # loads wait for memory together, stores for one another: load first
+            weight.scatter_(1, columns, originals.pop(name))
+            if name in original_bias._buffers:
+                base.bias.data.copy_(original_bias.pop(name))
 
-    def _parts(self) -> tuple[Any, Any, Any, Any]:
-        """Base layer, columns, values and biases, past nn.Module's own lookup, which takes as long as the merging."""
-        modules: Any = self._modules
-        columns, values, bias = (modules[name] for name in ("trpts_columns", "trpts_values", "trpts_bias"))
-        return modules["base_layer"], columns._buffers, values._parameters, bias._parameters
+    def _parts(self) -> tuple[Any, ...]:
+        """What merging works with, past nn.Module's own lookup, which takes as long as the merging."""
+        parts: dict[str, Any] = cast(dict[str, Any], self._modules)
+        return (
+            parts["base_layer"],
+            parts["trpts_columns"]._buffers,
+            parts["trpts_values"]._parameters,
+            parts["trpts_bias"]._parameters,
+            parts["trpts_originals"],
+            parts["trpts_original_bias"],
+        )
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Δ of one adapter as a dense (out_features, in_features) tensor, for conversion to other methods."""

@@ -552,6 +552,18 @@ def test_16_bit_adapters_train(autocast_adapter_dtype: bool) -> None:
     assert values.grad is not None and values.grad.any()
 
 
+def test_a_training_step_off_the_cpu_looks_into_no_tensor() -> None:
+    model = adapter().train().to("meta")  # whose tensors have no entries: to ask for one is an error
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    batch = {name: tensor.to("meta") for name, tensor in DATA.batch().items()}
+    outputs = model(**batch)
+    outputs.loss.backward()
+    optimizer.step()
+    assert outputs.logits.shape == (13, 3)
+    assert optimizer.state.keys() == set(trained)
+
+
 def test_a_refused_safe_merge_merges_nothing() -> None:
     model = adapter()
     last = list(linears(model).values())[-1]

@@ -38,6 +38,12 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
+def _autocasts(x: Tensor) -> bool:
+    """Whether autocast would convert the input of a linear; it leaves float64 alone, and there is none for meta."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+
+
 class TRPTSLinear(nn.Module, TRPTSLayer):
     """A frozen linear layer with the sparse updates of its adapters, y = x (W + Δ)ᵀ + b + Δb (eqs. 12 to 14).
 
@@ -203,7 +209,7 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         if type(self.base_layer) is not nn.Linear or weight.requires_grad or _has_hooks(self.base_layer):
             y = added_linear(self._base_forward(x), x, values, used, slots)
             return y if bias is None else y + bias.to(y.dtype)
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # which autocast leaves alone
+        if _autocasts(x):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.base_layer.bias is not None:
             bias = self.base_layer.bias if bias is None else self.base_layer.bias + bias

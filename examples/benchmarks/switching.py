@@ -17,12 +17,13 @@ from torch import nn
 from benchmarks.methods import LINEARS, USED_SHARES, drawn_scores, lora, trpts
 from measure import interleaved_seconds, median_ratio
 from trpts_peft import calibrate
+from trpts_peft.layer import TRPTSLinear
 
 MERGES = "unmerge and merge only"
 
 
 def switch_rows(rounds: int, device: str) -> list[dict[str, Any]]:
-    """From one merged adapter to another: unmerge, `set_adapter`, merge; and unmerge and merge of one by themselves."""
+    """From one merged adapter to another: unmerge, `set_adapter`, merge; parts of it; and what it cannot go below."""
     sparse, low_rank = trpts(), lora()
     assert isinstance(sparse, PeftModel)
     assert isinstance(low_rank, PeftModel)
@@ -37,6 +38,7 @@ def switch_rows(rounds: int, device: str) -> list[dict[str, Any]]:
         model.requires_grad_(False)  # serving trains nothing
         model.merge_adapter()
         actions |= {f"{name}, switch": switch(model), f"{name}, {MERGES}": partial(merge_again, model)}
+    actions["TR-PTS, entries read only"] = partial(read_entries, sparse)
     seconds = interleaved_seconds(actions, rounds)
     reference = seconds[f"LoRA r=8, {MERGES}"]
     return [{"what": n, "to_lora": median_ratio(values, reference), "seconds": values} for n, values in seconds.items()]
@@ -67,6 +69,13 @@ def merge_again(model: PeftModel) -> None:
     """Without the search for the other adapter."""
     model.unmerge_adapter()
     model.merge_adapter()
+
+
+def read_entries(model: PeftModel) -> None:
+    """Read what both adapters overwrite, once: a switch cannot take less."""
+    for layer in [module for module in model.modules() if isinstance(module, TRPTSLinear)]:
+        for columns in layer.trpts_columns.values():
+            layer.base_layer.weight.gather(1, columns)
 
 
 def disk_rows() -> list[dict[str, Any]]:

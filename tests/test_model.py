@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from peft import AutoPeftModel, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import ViTForImageClassification
 
@@ -591,6 +591,37 @@ def test_weights_that_accelerate_has_moved_away_are_fetched_to_merge(safe_merge:
     for name, linear in linears(model).items():
         assert not linear.merged
         assert all(torch.equal(kept[name][key], tensor) for key, tensor in before[name].items())
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_layers_of_other_methods_are_fetched_to_merge() -> None:
+    base = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    model = get_peft_model(base, TRPTSConfig(target_modules=["0"], init_weights=False)).eval()
+    inject_adapter_in_model(LoraConfig(target_modules=["2"], init_lora_weights=False), base)
+    inputs = torch.randn(2, 6)
+    expected, linear = model(inputs), base[2].base_layer
+    kept = {key: parameter.detach().clone() for key, parameter in linear.named_parameters()}
+    add_hook_to_module(linear, AlignDevicesHook(execution_device="cpu", offload=True, weights_map=kept))
+    model.merge_adapter()
+    torch.testing.assert_close(model(inputs), expected)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(inputs), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_linears_within_layers_of_other_methods_follow() -> None:
+    model = adapter(modules_to_save=None, token_layers=0)
+    model.add_adapter("second", TRPTSConfig(token_layers=0))
+    randomize(model, 1, "second")
+    model.eval().set_adapter("second")
+    expected = predict(model)
+    model.set_adapter("default")
+    inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), model.get_base_model())
+    model.set_adapter("second")
+    torch.testing.assert_close(predict(model), expected)
+    model.merge_adapter()
+    assert all(linear.merged for linear in linears(model).values())
+    torch.testing.assert_close(predict(model), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_linears_that_share_a_weight_are_unmerged_in_the_opposite_order() -> None:

@@ -38,7 +38,9 @@ def switch_rows(rounds: int, device: str) -> list[dict[str, Any]]:
         model.requires_grad_(False)  # serving trains nothing
         model.merge_adapter()
         actions |= {f"{name}, switch": switch(model), f"{name}, {MERGES}": partial(merge_again, model)}
-    actions["TR-PTS, entries read only"] = partial(read_entries, sparse)
+    actions["TR-PTS, entries read only"] = partial(
+        read_entries, [module for module in sparse.modules() if isinstance(module, TRPTSLinear)]
+    )
     seconds = interleaved_seconds(actions, rounds)
     reference = seconds[f"LoRA r=8, {MERGES}"]
     return [{"what": n, "to_lora": median_ratio(values, reference), "seconds": values} for n, values in seconds.items()]
@@ -71,9 +73,9 @@ def merge_again(model: PeftModel) -> None:
     model.merge_adapter()
 
 
-def read_entries(model: PeftModel) -> None:
+def read_entries(layers: list[TRPTSLinear]) -> None:
     """Read what both adapters overwrite, once: a switch cannot take less."""
-    for layer in [module for module in model.modules() if isinstance(module, TRPTSLinear)]:
+    for layer in layers:
         for columns in layer.trpts_columns.values():
             layer.base_layer.weight.gather(1, columns)
 

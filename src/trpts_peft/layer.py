@@ -308,7 +308,7 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
                 base.bias.data.copy_(original_bias.pop(name))
 
     def _parts(self) -> tuple[Any, ...]:
-        """What merging works with, past nn.Module's own lookup, which takes as long as the merging."""
+        """What merging works with, past the slow lookup of nn.Module."""
         parts: dict[str, Any] = cast(dict[str, Any], self._modules)
         return (
             parts["base_layer"],

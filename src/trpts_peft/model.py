@@ -306,12 +306,12 @@ def _tuner_layers(model: nn.Module) -> list[Any]:
 
 
 def _find(module: nn.Module, kinds: tuple[type, ...]) -> list[Any]:
-    """All modules of these kinds; what lies within a tuner layer, the larger part of all modules, is not visited."""
+    """All modules of these kinds; what lies within those of TR-PTS, the larger part of all modules, is not visited."""
     found: list[Any] = []
     for child in module.children():
         if isinstance(child, kinds):
             found.append(child)
-        if not isinstance(child, BaseTunerLayer):
+        if not isinstance(child, TRPTSLayer):
             found += _find(child, kinds)
     return found
 
@@ -347,7 +347,8 @@ def _check_entries(layers: list[Any], adapter_names: list[str]) -> None:
 
 def _onloaded(layer: Any) -> AbstractContextManager[None]:
     """Fetches what accelerate has moved away. Otherwise nothing: to look through all submodules takes its time."""
-    offloaded = isinstance(layer, TRPTSLinear) and "_hf_hook" in vars(layer._modules["base_layer"])
+    base = layer._modules.get("base_layer")
+    offloaded = base is not None and "_hf_hook" in vars(base)
     context: AbstractContextManager[None] = onload_layer(layer) if offloaded else nullcontext()
     return context
 

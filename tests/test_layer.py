@@ -173,6 +173,13 @@ def test_autocast_computes_in_bfloat16_and_trains_in_float32(hooked):
     assert layer.trpts_values["a"].grad.dtype == x.grad.dtype == torch.float32
 
 
+def test_autocast_leaves_float64_alone():
+    layer, x = make().double(), torch.randn(2, INPUTS, dtype=torch.float64)
+    expected = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer(x), expected)
+
+
 def test_autocast_gives_the_output_of_the_merged_layer():
     layer, x = make(), inputs()
     with torch.autocast("cpu", torch.bfloat16):

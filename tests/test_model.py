@@ -618,6 +618,7 @@ def test_linears_within_layers_of_other_methods_follow() -> None:
     model.set_adapter("default")
     inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), model.get_base_model())
     model.set_adapter("second")
+    assert model.active_adapters == model.base_model.active_adapters == ["second"]
     torch.testing.assert_close(predict(model), expected)
     model.merge_adapter()
     assert all(linear.merged for linear in linears(model).values())

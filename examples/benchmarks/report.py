@@ -69,7 +69,7 @@ def print_report(results: Results, bars: list[Bar]) -> None:
         ("Prediction with adapters that are not merged", forward_table(results["forward"])),
         ("Switching between merged adapters", switching_table(results["switching"])),
         ("On disk", disk_table(results["disk"])),
-        ("Bars", bar_table(bars)),
+        ("Bars", bar_table({"measured": bars})),
     ):
         print(f"\n{title}\n\n{text}")
 
@@ -156,9 +156,11 @@ def disk_table(rows: list[dict[str, Any]]) -> str:
     return markdown_table(["dtype", "trainable weights", "bytes per weight", "file, bytes"], cells)
 
 
-def bar_table(bars: list[Bar]) -> str:
-    """What is held to."""
-    cells = [
-        [bar.what, f"{bar.measured:.3f}", f"{bar.sign} {bar.limit:g}", "yes" if bar.holds else "NO"] for bar in bars
-    ]
-    return markdown_table(["what", "measured", "bar", "holds"], cells)
+def bar_table(runs: dict[str, list[Bar]]) -> str:
+    """What is held to: {heading: the bars of a run}, a column each; a bar holds if it does in every run."""
+    cells = []
+    for bars in zip(*runs.values(), strict=True):
+        measured = [f"{bar.measured:.3f}" for bar in bars]
+        holds = "yes" if all(bar.holds for bar in bars) else "NO"
+        cells.append([bars[0].what, *measured, f"{bars[0].sign} {bars[0].limit:g}", holds])
+    return markdown_table(["what", *runs, "bar", "holds"], cells)

@@ -400,6 +400,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no labels, loader": (DataLoader(without("labels")), {}, "`labels`"),
     "label above the head": (LabelledImages(5, num_labels=4), {}, "0 to 2"),
     "label above the head, no probe": (LabelledImages(5, num_labels=4), {"probe_head": False}, "0 to 2"),
+    "label of no class": ([{**DATA[0], "labels": torch.tensor(0.7)}], {}, "`probe_head=False`"),
     "label below zero": ([{**DATA[0], "labels": torch.tensor(-1)}], {}, "0 to 2"),
     "no data": (None, {}, "`data`"),
     "batch size": (DATA, {"batch_size": 0}, "`batch_size`"),

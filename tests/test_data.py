@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import pickle
 from itertools import chain
 
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, Subset, SubsetRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    get_worker_info,
+)
 
 from trpts_peft.data import Batches, processes
 
@@ -27,6 +36,9 @@ class Model(nn.Module):
 
 def samples(count):
     return [{"pixel_values": torch.full((2,), float(i)), "labels": i} for i in range(count)]
+
+
+CPU_ONLY = {"ACCELERATE_USE_CPU": "true"}
 
 
 class Stream(IterableDataset):
@@ -96,6 +108,42 @@ def test_a_dataloader_keeps_its_collate_function():
         }
 
     assert labels_of(DataLoader(samples(4), collate_fn=collate)) == [[42, 42, 42], [42]]
+
+
+def this_worker(rows):
+    worker = get_worker_info()
+    return {"pixel_values": torch.zeros(len(rows), 2), "labels": torch.tensor([worker.id, worker.num_workers])}
+
+
+def test_a_dataloader_keeps_its_workers():
+    options = {"num_workers": 2, "prefetch_factor": 3, "persistent_workers": True, "timeout": 60}
+    data = DataLoader(samples(6), collate_fn=this_worker, worker_init_fn=print, **options)
+    loader = Batches(data, Model(), num_samples=None, batch_size=3).loader
+    assert {name: getattr(loader, name) for name in options} == options
+    assert loader.worker_init_fn is print
+    assert sorted(batch["labels"].tolist() for batch in loader) == [[0, 2], [1, 2]]
+
+
+def test_workers_of_any_kind_can_load():
+    loader = Batches(samples(3), Model(), num_samples=None, batch_size=3).loader
+    collate = pickle.loads(pickle.dumps(loader.collate_fn))
+    assert collate(samples(3))["labels"].tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="got one without `labels`"):
+        collate([{"pixel_values": torch.zeros(2)}])
+
+
+@pytest.mark.parametrize(
+    "there, environment, rank, said", [(True, {}, 0, 1), (True, {}, 1, 0), (False, {}, 0, 0), (True, CPU_ONLY, 0, 0)]
+)
+def test_a_model_beside_an_idle_gpu_is_hinted_at(monkeypatch, caplog, there, environment, rank, said):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with caplog.at_level("WARNING", logger="trpts_peft"):
+        Batches(samples(3), Model(), num_samples=None, batch_size=3, rank=rank, world=2)
+    assert [record.getMessage().count("model.to('cuda')") for record in caplog.records] == [1] * said
 
 
 def test_samplers_and_subsets_that_leave_samples_out_are_kept():

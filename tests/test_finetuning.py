@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -275,6 +276,28 @@ def test_reporters_get_the_adapters_norms(
     )
     callbacks = prepared._trainer().callback_handler.callbacks
     assert len([callback for callback in callbacks if isinstance(callback, TRPTSCallback)]) == logged
+
+
+def test_workers_load_for_calibration_too(given: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaders = []
+    monkeypatch.setattr(finetuning, "calibrate", lambda _model, data, **_: loaders.append(data))
+    prepare(FinetuneSettings(output=tmp_path / "run", **{**given, "num_workers": 2}))
+    assert [loader.num_workers for loader in loaders] == [2]
+
+
+def test_a_process_trains_on_one_gpu(given: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: Any = vars(TrainingArguments)["_setup_devices"]
+
+    def two_gpus(arguments: Any) -> torch.device:
+        device: torch.device = found.func(arguments)
+        arguments._n_gpu = 2
+        return device
+
+    devices: Any = cached_property(two_gpus)
+    devices.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", devices)
+    prepared = prepare(FinetuneSettings(output=tmp_path / "run", method="linear", **given))
+    assert prepared._trainer().args.train_batch_size == given["batch_size"]
 
 
 def test_images_are_shared_out_among_processes(given: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

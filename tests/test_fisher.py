@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from trpts_peft import FisherScores, TRPTSConfig, estimate_fisher
-from trpts_peft.fisher import FisherCollector, per_sample_cross_entropy
+from trpts_peft.fisher import FisherCollector, _sums_device, per_sample_cross_entropy
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
 
@@ -88,6 +88,24 @@ def test_a_loss_of_ones_own_is_used(tiny_vit, labelled_images):
     model, data = tiny_vit(), labelled_images(4)
     doubled = estimate(model, data, loss_fn=lambda out, y: 2 * F.cross_entropy(out.logits, y, reduction="none"))
     assert_scores(doubled, {name: 4 * score for name, score in naive_fisher(model, data).items()})
+
+
+def test_a_loss_of_ones_own_gets_the_labels_as_they_are(tiny_vit, labelled_images):
+    model, data = tiny_vit(), labelled_images(4)
+    soft = [{"pixel_values": row["pixel_values"], "labels": torch.eye(3)[row["labels"]] * 0.5} for row in data]
+    scores = estimate(model, soft, loss_fn=lambda out, y: F.cross_entropy(out.logits, 2 * y, reduction="none"))
+    assert_scores(scores, naive_fisher(model, data))
+
+
+def test_labels_that_count_no_classes_are_refused(tiny_vit, labelled_images):
+    rows = [{**row, "labels": torch.tensor(0.7)} for row in labelled_images(2)]
+    with pytest.raises(ValueError, match=r"`labels` must be numbers of classes.* got torch.float32.*`loss_fn`"):
+        estimate(tiny_vit(), rows)
+
+
+@pytest.mark.parametrize("lies, sums", [("cpu", "cpu"), ("cuda", "cuda"), ("mps", "cpu")])
+def test_sums_lie_where_there_is_float64(lies, sums):
+    assert _sums_device(torch.device(lies)) == torch.device(sums)
 
 
 def test_labels_may_be_drawn_from_the_prediction(tiny_vit, labelled_images):

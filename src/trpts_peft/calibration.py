@@ -204,7 +204,7 @@ def _probe(base: nn.Module, batches: Batches, head: Head, progress: bool) -> Lin
         raise ValueError(
             "`model` must have finite features, got others in front of its head: check weights and inputs."
         )
-    probe = fit_linear_probe(features, labels, num_labels(head), fit_bias=head.linear.bias is not None)
+    probe = fit_linear_probe(features, labels.long(), num_labels(head), fit_bias=head.linear.bias is not None)
     if batches.world > 1:
         for tensor in (probe.weight, probe.bias):
             tensor.copy_(of_first_process(tensor))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +28,20 @@ __all__ = [
     "sum_of_processes",
 ]
 
+logger = logging.getLogger(__name__)
+
 Batch = dict[str, Tensor]
+
+# How a DataLoader loads, which says nothing of what it yields.
+_LOADING = (
+    "num_workers",
+    "prefetch_factor",
+    "persistent_workers",
+    "pin_memory",
+    "timeout",
+    "worker_init_fn",
+    "multiprocessing_context",
+)
 
 
 def processes(accelerator: Accelerator | None) -> tuple[int, int]:
@@ -77,6 +92,45 @@ def check_whole(model: nn.Module) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """What a model takes of a sample or a batch."""
+
+    main: str
+    accepted: frozenset[str]
+
+    def check(self, batch: Mapping[str, Any]) -> None:
+        missing = self.main if self.main not in batch else None
+        if missing is None and not {"labels", "label", "label_ids"} & set(batch):
+            missing = "labels"
+        if missing:
+            raise ValueError(
+                f"`data` must yield dicts with `{self.main}` and `labels`, got one without `{missing}`: "
+                f"{sorted(map(str, batch))}. Apply the image processor first, as with `dataset.with_transform`."
+            )
+
+    def of(self, sample: Any) -> Any:
+        """Only what the model takes: other columns, such as the image itself, cannot be stacked."""
+        if not isinstance(sample, Mapping):
+            got = type(sample).__name__
+            raise ValueError(f"`data` must yield dicts with `{self.main}` and `labels`, got {got}.")
+        self.check(sample)
+        return {key: sample[key] for key in sample if key in self.accepted or key in ("label", "label_ids")}
+
+
+@dataclass(frozen=True)
+class _Collate:
+    """The collate function of a DataLoader, behind a check where it is the default one; workers can unpickle it."""
+
+    function: Callable[[list[Any]], Any]
+    inputs: _Inputs
+
+    def __call__(self, samples: list[Any]) -> Any:
+        if self.function is default_data_collator:
+            samples = [self.inputs.of(sample) for sample in samples]
+        return self.function(samples)
+
+
 class Batches:
     """The batches of a data set that this process works on, in a fixed order, without augmentation of its own.
 
@@ -85,8 +139,8 @@ class Batches:
 
     Args:
         data: a map-style Dataset or a DataLoader, yielding dicts with the model's main input and `labels`. Of a
-            DataLoader over a map-style data set, the data set, the collate function and a sampler that leaves samples
-            out are used; its order is not. Other DataLoaders are iterated as they are.
+            DataLoader over a map-style data set, the data set, the collate function, its workers and a sampler that
+            leaves samples out are used; its order is not. Other DataLoaders are iterated as they are.
         model: the model, for the inputs that it takes and its device.
         num_samples: how many samples to use, drawn with a fixed seed (the first ones of an iterable); None: all.
         batch_size: samples per batch; a DataLoader over an iterable keeps its own.
@@ -103,16 +157,18 @@ class Batches:
         for name, value in (("batch_size", batch_size), ("num_samples", num_samples)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
-        self.main_input = getattr(model, "main_input_name", "pixel_values")
+        main_input = getattr(model, "main_input_name", "pixel_values")
         parameters = inspect.signature(model.forward).parameters
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        if self.main_input not in parameters and not takes_any:
+        if main_input not in parameters and not takes_any:
             raise ValueError(
-                f"`model` must take `{self.main_input}`, got one that takes {list(parameters)}: set its "
+                f"`model` must take `{main_input}`, got one that takes {list(parameters)}: set its "
                 "`main_input_name` to the name of its first input."
             )
-        self.accepted = {self.main_input, "labels", *parameters}
+        self.inputs = _Inputs(main_input, frozenset({main_input, "labels", *parameters}))
         self.device = next(model.parameters()).device
+        if rank == 0:
+            _hint_at_accelerator(self.device)
         self.num_samples, self.batch_size, self.rank, self.world = num_samples, batch_size, rank, world
         self.stream = isinstance(data, DataLoader) and (
             isinstance(data.dataset, IterableDataset) or data.batch_sampler is None
@@ -121,12 +177,15 @@ class Batches:
 
     def _loader(self, data: Any) -> DataLoader[Any]:
         if isinstance(data, DataLoader):
-            return self._sampled(data.dataset, _indices(data), data.collate_fn)
+            loading = {name: getattr(data, name) for name in _LOADING}
+            return self._sampled(data.dataset, _indices(data), data.collate_fn, loading)
         if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, (str, Mapping)):
-            return self._sampled(data, range(len(data)), default_data_collator)
+            return self._sampled(data, range(len(data)), default_data_collator, {})
         raise TypeError(f"`data` must be a Dataset with a length or a DataLoader, got {type(data).__name__}.")
 
-    def _sampled(self, dataset: Any, indices: Any, collate: Callable[[list[Any]], Any]) -> DataLoader[Any]:
+    def _sampled(
+        self, dataset: Any, indices: Any, collate: Callable[[list[Any]], Any], loading: Mapping[str, Any]
+    ) -> DataLoader[Any]:
         indices = list(indices)
         if not indices:
             raise ValueError("`data` must hold at least one sample, got none.")
@@ -135,21 +194,8 @@ class Batches:
         drawn = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))[:wanted]
         chosen = [indices[i] for i in sorted(drawn.tolist())]
         batches = [chosen[i : i + self.batch_size] for i in range(0, wanted, self.batch_size)]
-
-        def checked(samples: list[Any]) -> Any:
-            if collate is default_data_collator:
-                samples = [self._relevant(sample) for sample in samples]
-            return collate(samples)
-
-        return DataLoader(dataset, batch_sampler=batches[self.rank :: self.world], collate_fn=checked)
-
-    def _relevant(self, sample: Any) -> Any:
-        """Only what the model takes: other columns, such as the image itself, cannot be stacked."""
-        if not isinstance(sample, Mapping):
-            got = type(sample).__name__
-            raise ValueError(f"`data` must yield dicts with `{self.main_input}` and `labels`, got {got}.")
-        self._check(sample)
-        return {key: sample[key] for key in sample if key in self.accepted or key in ("label", "label_ids")}
+        mine = batches[self.rank :: self.world]
+        return DataLoader(dataset, batch_sampler=mine, collate_fn=_Collate(collate, self.inputs), **loading)
 
     def _shared_batches(self, loader: Iterable[Any]) -> Iterator[Any]:
         left = self.num_samples
@@ -163,16 +209,6 @@ class Batches:
             if k % self.world == self.rank:
                 yield batch
 
-    def _check(self, batch: Mapping[str, Any]) -> None:
-        missing = self.main_input if self.main_input not in batch else None
-        if missing is None and not {"labels", "label", "label_ids"} & set(batch):
-            missing = "labels"
-        if missing:
-            raise ValueError(
-                f"`data` must yield dicts with `{self.main_input}` and `labels`, got one without `{missing}`: "
-                f"{sorted(map(str, batch))}. Apply the image processor first, as with `dataset.with_transform`."
-            )
-
     def iterate(self, description: str, progress: bool) -> Iterator[Batch]:
         """The batches as dicts of tensors on the model's device, with `labels` (B,) and what the model takes."""
         loader = self._shared_batches(self.loader) if self.stream else self.loader
@@ -180,13 +216,21 @@ class Batches:
         for batch in bar:
             if not isinstance(batch, Mapping):
                 raise ValueError(f"`data` must yield dicts, got batches of {type(batch).__name__}.")
-            self._check(batch)
+            self.inputs.check(batch)
             tensors = {("labels" if k in ("label", "label_ids") else k): v for k, v in batch.items()}
             yield {
                 key: value.to(self.device)
                 for key, value in tensors.items()
-                if key in self.accepted and isinstance(value, Tensor)
+                if key in self.inputs.accepted and isinstance(value, Tensor)
             }
+
+
+def _hint_at_accelerator(device: torch.device) -> None:
+    """Say that a model lies on the CPU beside a GPU: Trainer moves it there, but only once it trains."""
+    if device.type != "cpu" or not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return
+    better = str(torch.accelerator.current_accelerator())
+    logger.warning("The model is on the CPU, so the data is gone over there: faster after `model.to(%r)`.", better)
 
 
 def _indices(loader: DataLoader[Any]) -> Iterable[int]:

@@ -17,11 +17,13 @@ from accelerate import PartialState
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     Trainer,
     TrainingArguments,
+    default_data_collator,
     set_seed,
 )
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
@@ -85,7 +87,7 @@ class FinetuneSettings:
     label_column: str | None = _option(None, "Column of the labels. Without it: the only one of classes, or 'label'.")
     seed: int = _option(0, "Seed of all that is drawn.")
     bf16: bool = _option(False, "Train in bfloat16 autocast; the trained values stay float32.")
-    num_workers: int = _option(0, "Processes that load images beside each training process.")
+    num_workers: int = _option(0, "Processes that load images beside each process that calibrates and trains.")
     resume: bool = _option(False, "Go on with the run in the output folder, from its last checkpoint.")
     push_to_hub: str | None = _option(None, "Upload what was trained to this repository on the Hub, user/name.")
     report_to: str = _option("none", "Where Trainer reports to: tensorboard, wandb, ... or none.")
@@ -203,6 +205,8 @@ class FinetuneRun:
             dataloader_pin_memory=accelerated,
             use_cpu=not accelerated,
         )
+        # Without a launcher Trainer would give each GPU of the machine a batch of this size.
+        arguments._n_gpu = min(arguments.n_gpu, 1)
         trainer = Trainer(
             self.model,
             arguments,
@@ -294,7 +298,8 @@ def _adapted(run: FinetuneRun, base: nn.Module) -> nn.Module:
     if settings.method == "trpts":
         with _timed(run.seconds, "calibration"):
             rows = with_pixel_values(run.data.train, run.processor)
-            calibrate(model, rows, batch_size=settings.batch_size, progress=True)
+            loader = DataLoader(rows, collate_fn=default_data_collator, num_workers=settings.num_workers)
+            calibrate(model, loader, batch_size=settings.batch_size, progress=True)
     return model
 
 

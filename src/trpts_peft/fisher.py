@@ -92,7 +92,7 @@ class FisherCollector:
         self.workspace_mb = workspace_mb
         self.num_samples = 0
         self.sums = {
-            name: torch.zeros(linear.weight.shape, dtype=torch.float64, device=linear.weight.device)
+            name: torch.zeros(linear.weight.shape, dtype=torch.float64, device=_sums_device(linear.weight.device))
             for name, linear in self.linears.items()
         }
         self._seen: set[str] = set()
@@ -145,9 +145,10 @@ class FisherCollector:
         x, g = _by_sample(inputs).float(), _by_sample(grad.detach()).float()
         with torch.autocast(x.device.type, enabled=False):  # 16 bits cannot hold the squares of gradients
             if self.score == "fisher":
-                self.sums[name] += squared_gradient_sum(x, g, workspace_mb=self.workspace_mb)
+                total = squared_gradient_sum(x, g, workspace_mb=self.workspace_mb)
             else:
-                self.sums[name] += g.flatten(0, 1).t() @ x.flatten(0, 1)
+                total = g.flatten(0, 1).t() @ x.flatten(0, 1)
+            self.sums[name] += total.to(self.sums[name].device)
 
     def result(self, add_up: Callable[[Tensor], Tensor]) -> FisherScores:
         """The mean over samples (its absolute value for `"gradient"`), float32 on the CPU; the sums are given up.
@@ -165,6 +166,11 @@ class FisherCollector:
         for name in list(self.sums):  # one by one: sums and scores together would need half as much again
             scores[name] = add_up(self.sums.pop(name)).div_(count).abs_().float().cpu()
         return FisherScores(scores, count)
+
+
+def _sums_device(device: torch.device) -> torch.device:
+    """Where sums in float64 lie: Apple's GPUs have no such numbers."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def _for_backward(inputs: Tensor) -> Callable[[], Tensor]:

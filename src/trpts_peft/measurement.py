@@ -88,6 +88,11 @@ def check_workspace(workspace_mb: float) -> None:
 
 
 def check_labels(labels: Tensor, classes: int) -> None:
+    if labels.is_floating_point():
+        raise ValueError(
+            f"`labels` must be numbers of classes, whole ones, got {labels.dtype}: for other targets pass a `loss_fn`, "
+            "and `probe_head=False` to `calibrate`."
+        )
     if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= classes):
         raise ValueError(
             f"`labels` must be from 0 to {classes - 1}, the labels of the head, got {int(labels.min())} to "
@@ -114,12 +119,13 @@ def measure(
     """Run over this process's batches, then add up what all processes have collected."""
     with base_weights(base), collector.collecting(base):
         for k, batch in enumerate(batches.iterate("Fisher", progress)):
-            targets = batch.pop("labels").long()
+            targets = batch.pop("labels")
             outputs = base(**batch)
             if labels == "model":
                 targets = _sampled_labels(outputs.logits, k * batches.world + batches.rank)
             if loss_fn is None:
                 check_labels(targets, outputs.logits.shape[-1])
+                targets = targets.long()
             loss = (loss_fn or per_sample_cross_entropy)(outputs, targets)
             if loss.shape != targets.shape[:1]:
                 raise ValueError(f"`loss_fn` must return one loss per sample, got shape {tuple(loss.shape)}.")
@@ -167,7 +173,7 @@ def estimate_fisher(
         target_modules: names of linears, as in `TRPTSConfig`; None: those of the adapter, else the family's default.
         num_samples: how many samples to use, drawn with a fixed seed; None: all.
         batch_size: samples per forward pass.
-        loss_fn: `loss_fn(outputs, labels)`, one loss per sample, (B,); None: cross-entropy of `outputs.logits`.
+        loss_fn: `loss_fn(outputs, labels)`, labels as `data` has them: a loss per sample, (B,); None: cross-entropy.
         labels: `"dataset"`, or `"model"` to draw them from the prediction (the true Fisher information).
         workspace_mb: bound in MiB on the per-sample gradients held at a time (at least one sample's of one linear).
         accelerator: whose processes share the work; None: those of the present launch.
@@ -205,7 +211,7 @@ def _linears_to_score(base: nn.Module, target_modules: list[str] | str | None) -
 
 
 def collect_features(base: nn.Module, batches: Batches, head: Head, progress: bool) -> tuple[Tensor, Tensor]:
-    """float64 (n, features) and int64 (n,), in the order of the data whatever the number of processes."""
+    """float64 (n, features) and labels (n,), in the order of the data whatever the number of processes."""
     inputs: list[Tensor] = []
     mine: list[tuple[int, Tensor, Tensor]] = []
     training = {module: module.training for module in base.modules()}
@@ -213,7 +219,7 @@ def collect_features(base: nn.Module, batches: Batches, head: Head, progress: bo
         base.eval()
         with torch.no_grad(), base_weights(base), head.capture(inputs):
             for k, batch in enumerate(batches.iterate("Features", progress)):
-                labels = batch.pop("labels").long()
+                labels = batch.pop("labels")
                 base(**batch)
                 features = inputs.pop()
                 if features.dim() != 2 or labels.dim() != 1 or len(features) != len(labels):
@@ -221,7 +227,7 @@ def collect_features(base: nn.Module, batches: Batches, head: Head, progress: bo
                     raise ValueError(
                         f"`probe_head` must be False where the head does not see (B, features), got {shapes}."
                     )
-                mine.append((k * batches.world + batches.rank, features.double().cpu(), labels.cpu()))
+                mine.append((k * batches.world + batches.rank, features.cpu().double(), labels.cpu()))
     finally:
         for module, mode in training.items():
             module.training = mode

@@ -18,6 +18,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
     get_worker_info,
 )
+from transformers import default_data_collator
 
 from trpts_peft.data import Batches, processes
 
@@ -63,6 +64,22 @@ def test_batches_hold_what_the_model_takes():
     (batch,) = Batches(rows, Model(), num_samples=None, batch_size=4).iterate("", False)
     assert set(batch) == {"pixel_values", "labels", "interpolate_pos_encoding"}
     assert torch.equal(batch["pixel_values"], torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+
+
+def test_batches_come_to_the_models_device():
+    (batch,) = Batches(samples(2), Model().to("meta"), num_samples=None, batch_size=2).iterate("", False)
+    assert {tensor.device.type for tensor in batch.values()} == {"meta"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_a_collate_function_adds_reaches_the_model(stream):
+    def collate(rows):
+        return {**default_data_collator(rows), "interpolate_pos_encoding": True}
+
+    data = DataLoader(Stream(samples(5)) if stream else samples(5), batch_size=2, collate_fn=collate)
+    batches = list(Batches(data, Model(), num_samples=3, batch_size=2).iterate("", False))
+    assert [len(batch["labels"]) for batch in batches] == [2, 1]
+    assert all(batch["interpolate_pos_encoding"] is True for batch in batches)
 
 
 @pytest.mark.parametrize("key", ["label", "label_ids"])

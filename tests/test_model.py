@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import AutoPeftModel, LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import ViTForImageClassification
 
@@ -110,11 +111,37 @@ def test_not_calibrated_is_said_once_by_logging(caplog: pytest.LogCaptureFixture
     assert "not calibrated" in caplog.text
 
 
+def test_the_config_of_a_calibrated_adapter_makes_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    adapter().save_pretrained(tmp_path)
+    config = PeftConfig.from_pretrained(tmp_path)
+    assert config.connections is not None
+    config.inference_mode = False
+    model = get_peft_model(build_vit(), config)
+    assert "not calibrated: default" in repr(model)
+    caplog.clear()
+    model.train()
+    assert "its config has the results of another one" in caplog.text
+    calibrate(model, LabelledImages(6), progress=False)  # and nothing has to be overwritten for it
+    caplog.clear()
+    model.train()
+    assert "not calibrated" not in repr(model) + caplog.text
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_the_whole_model_is_written_and_read(tmp_path: Path, chosen: bool) -> None:
+    model, other = (adapter() if chosen else get_peft_model(build_vit(), TRPTSConfig()) for _ in range(2))
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "trpts_values" in n).add_(1.0)
+    save_model(model, tmp_path / "model.safetensors")
+    load_model(other, tmp_path / "model.safetensors")
+    assert torch.equal(predict(other), predict(model))
+
+
 def test_calibrated_adapter_is_loaded_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     adapter().save_pretrained(tmp_path)
     caplog.clear()
-    PeftModel.from_pretrained(build_vit(), tmp_path)
-    assert "not calibrated" not in caplog.text
+    model = PeftModel.from_pretrained(build_vit(), tmp_path, is_trainable=True).train()
+    assert "not calibrated" not in caplog.text + repr(model)
 
 
 def test_not_calibrated_adapter_trains_the_largest_weights() -> None:

@@ -16,7 +16,7 @@ MODULES = sorted(SOURCE.glob("*.py"))
 FLOORS = (
     {"card", "functional", "sparse_linear", "peft_type", "tuner_layer", "families", "folders", "image_data", "metrics"},
     {"run_folder", "config", "layer", "vit", "fisher", "data", "probe", "head", "cost"},
-    {"selection", "measurement", "record", "checkpoint", "weighted", "callbacks", "methods"},
+    {"selection", "measurement", "record", "checkpoint", "weighted", "withdrawal", "callbacks", "methods"},
     {"model", "plots", "inspection"},
     {"registration", "calibration", "deployment", "report"},
     {"__init__", "finetuning"},

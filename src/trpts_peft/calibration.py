@@ -168,7 +168,8 @@ def _check_calibratable(base: nn.Module, config: TRPTSConfig, adapter_name: str,
     if any(layer.merged for layer in layers):
         raise ValueError("`model` must hold no merged adapter, got one: call `unmerge_adapter()` first.")
     trained = config.init_weights and any(layer.is_trained(adapter_name) for layer in layers)
-    if not overwrite and (config.connections is not None or trained):
+    calibrated = config.connections is not None and any(layer.is_chosen(adapter_name) for layer in layers)
+    if not overwrite and (calibrated or trained):
         raise ValueError(
             f"`overwrite` must be True to calibrate adapter {adapter_name!r} again, got False: its columns, values and "
             "head would be replaced."

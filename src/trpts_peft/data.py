@@ -203,25 +203,26 @@ class Batches:
             if left is not None and isinstance(batch, Mapping):
                 if left <= 0:
                     return
-                size = max((len(value) for value in batch.values()), default=0)
-                batch = {key: value[:left] for key, value in batch.items()}
+                of_samples = {key: value for key, value in batch.items() if isinstance(value, (Tensor, list, tuple))}
+                size = max(map(len, of_samples.values()), default=0)
+                batch = {**batch, **{key: value[:left] for key, value in of_samples.items()}}
                 left -= size
             if k % self.world == self.rank:
                 yield batch
 
     def iterate(self, description: str, progress: bool) -> Iterator[Batch]:
-        """The batches as dicts of tensors on the model's device, with `labels` (B,) and what the model takes."""
+        """The batches as dicts of what the model takes, tensors on its device, and of `labels` (B,)."""
         loader = self._shared_batches(self.loader) if self.stream else self.loader
         bar = tqdm(loader, desc=description, disable=not progress or self.rank != 0, leave=False)
         for batch in bar:
             if not isinstance(batch, Mapping):
                 raise ValueError(f"`data` must yield dicts, got batches of {type(batch).__name__}.")
             self.inputs.check(batch)
-            tensors = {("labels" if k in ("label", "label_ids") else k): v for k, v in batch.items()}
+            named = {("labels" if k in ("label", "label_ids") else k): v for k, v in batch.items()}
             yield {
-                key: value.to(self.device)
-                for key, value in tensors.items()
-                if key in self.inputs.accepted and isinstance(value, Tensor)
+                key: value.to(self.device) if isinstance(value, Tensor) else value
+                for key, value in named.items()
+                if key in self.inputs.accepted
             }
 
 

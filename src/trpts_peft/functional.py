@@ -172,7 +172,8 @@ def top_connections(score: Tensor, count: int) -> Tensor:
     # topk does not say which of equal scores it takes; the first ones of the row are taken here.
     ties_left = count - above.sum(dim=1, keepdim=True)
     chosen = above | (tied & (tied.cumsum(dim=1) <= ties_left))
-    return chosen.nonzero()[:, 1].view(-1, count)
+    # A copy: a view of half a storage is twice as large, and safetensors refuses to write it.
+    return chosen.nonzero()[:, 1].clone().view(-1, count)
 
 
 def cls_attention(query: Tensor, key: Tensor, scaling: float, num_prefix_tokens: int = 1) -> Tensor:

@@ -159,6 +159,13 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         parts = [part[adapter_name] for part in (self.trpts_values, self.trpts_bias) if adapter_name in part]
         return any(bool(part.detach().any()) for part in parts if not part.is_meta)
 
+    def is_chosen(self, adapter_name: str) -> bool:
+        """Whether calibration or a file has given the adapter its columns; a config alone gives their number only."""
+        columns = self.trpts_columns[adapter_name]
+        if adapter_name not in self.fresh or columns.is_meta:
+            return True
+        return not torch.equal(columns, self.magnitude_columns(columns.shape[1]))
+
     def magnitude_columns(self, count: int) -> Tensor:
         """The `count` inputs of largest |W| of each neuron: the choice before there is any data."""
         weight = self.base_layer.weight

@@ -7,13 +7,11 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
-import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter, onload_layer, set_adapter
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer, set_adapter
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .checkpoint import adapted_linears, check_adapter, check_state_dict, pack_columns, unpack_columns
+from .checkpoint import adapted_linears, check_state_dict, pack_columns, unpack_columns
 from .config import TRPTSConfig
 from .data import check_loading, check_whole
 from .families import FAMILIES
@@ -31,6 +29,7 @@ from .vit import (
     token_selections,
 )
 from .weighted import add_weighted_adapter
+from .withdrawal import LoadCheck, is_fresh, restore_modules, restore_trainable, withdraw
 
 __all__ = ["TRPTSModel"]
 
@@ -54,7 +53,7 @@ class TRPTSModel(BaseTuner):
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
         if isinstance(peft_config, TRPTSConfig):
             # Injected without a PeftModel, perhaps by transformers' `load_adapter`, which calls none of our hooks.
-            model.register_forward_pre_hook(_LoadCheck(adapter_name, self.trainable_before))
+            model.register_forward_pre_hook(LoadCheck(adapter_name, self.trainable_before))
             if peft_config.connections is not None:
                 for module in model.modules():
                     if isinstance(module, AdapterTokenSelection) or (
@@ -196,8 +195,29 @@ class TRPTSModel(BaseTuner):
         """Add the weighted sum of adapters as a new one; see `trpts_peft.weighted.add_weighted_adapter`."""
         add_weighted_adapter(self, adapters, weights, adapter_name)
 
+    def train(self, mode: bool = True) -> TRPTSModel:
+        """As of any module; says so where an adapter is about to train with no more than the config of another."""
+        for name, config in self.peft_config.items() if mode else ():
+            if cast(TRPTSConfig, config).connections is not None and not self._is_chosen(name):
+                logger.warning(
+                    "TR-PTS adapter '%s' is not calibrated: its config has the results of another one, of which it "
+                    "takes the numbers of inputs, but its inputs are those of largest weight. Call "
+                    "`trpts_peft.calibrate(model, train_dataset)`.",
+                    name,
+                )
+        super().train(mode)
+        return self
+
+    def _is_chosen(self, adapter_name: str) -> bool:
+        _, layer = next(adapted_linears(self.model, adapter_name), (None, None))
+        return layer is None or layer.is_chosen(adapter_name)
+
     def extra_repr(self) -> str:
-        waiting = [name for name, config in self.peft_config.items() if cast(TRPTSConfig, config).connections is None]
+        waiting = [
+            name
+            for name, config in self.peft_config.items()
+            if cast(TRPTSConfig, config).connections is None or not self._is_chosen(name)
+        ]
         return f"not calibrated: {', '.join(waiting)}" if waiting else ""
 
     # ---- leaving PEFT ----
@@ -245,12 +265,12 @@ class TRPTSModel(BaseTuner):
         """Return the base model as it was before any adapter, its own head and what was trainable included."""
         if any(module.merged for module in self.model.modules() if isinstance(module, TRPTSLinear)):
             self.unmerge_adapter()
-        _restore_modules(self.model)
+        restore_modules(self.model)
         model: nn.Module = super().unload()
         remove_token_selection(model)
         if not token_selections(model):
             forget_token_selection(model)
-        _restore_trainable(model, self.trainable_before)
+        restore_trainable(model, self.trainable_before)
         return model
 
     # ---- files ----
@@ -289,8 +309,8 @@ class TRPTSModel(BaseTuner):
         try:
             check_state_dict(model, config, adapter_name, tensors)
         except ValueError:
-            if _is_fresh(model, adapter_name):
-                _withdraw(model, adapter_name)
+            if is_fresh(model, adapter_name):
+                withdraw(model, adapter_name)
             raise
         for name, layer in adapted_linears(model, adapter_name):
             key = f"{name}.trpts_columns.{adapter_name}"
@@ -383,109 +403,3 @@ def _check_target(config: TRPTSConfig, name: str, module: nn.Module) -> None:
             f"`connections` must hold a number from 1 to {module.in_features} for {name}, got {count}: the config was "
             "made for another model; use `calibrate` on this one."
         )
-
-
-# ---- refused files ----
-
-
-class _LoadCheck:
-    """Forward pre-hook of a model that an adapter was injected into directly: checks it once, before the first pass."""
-
-    def __init__(self, adapter_name: str, trainable: frozenset[str]) -> None:
-        self.adapter_name = adapter_name
-        self.trainable = trainable
-
-    def __call__(self, model: nn.Module, _args: Any) -> None:
-        if torch.compiler.is_compiling():
-            if model.training:  # gradients need what follows from the columns, which a loader may have exchanged
-                raise RuntimeError(
-                    f"Adapter {self.adapter_name!r} must be checked before it is compiled for training, got a "
-                    "compiled model: run one forward pass first."
-                )
-            return
-        config = getattr(model, "peft_config", {}).get(self.adapter_name)
-        try:
-            if isinstance(config, TRPTSConfig):
-                check_adapter(model, config, self.adapter_name)
-        except ValueError:
-            _withdraw(model, self.adapter_name)
-            raise
-        for key, hook in list(model._forward_pre_hooks.items()):
-            if hook is self:
-                del model._forward_pre_hooks[key]
-        for _, layer in adapted_linears(model, self.adapter_name):
-            layer.refresh(self.adapter_name)
-            layer.fresh.discard(self.adapter_name)
-
-
-def _is_fresh(model: nn.Module, adapter_name: str) -> bool:
-    """Whether the adapter was only just injected, to receive a file, and holds nothing that was trained.
-
-    Its config tells: it has results, serves inference, or carries what `save_pretrained` adds. Another one was made by
-    the user, and stays for another try.
-    """
-    config = cast(Any, model).peft_config[adapter_name]
-    if config.connections is None and not config.inference_mode and config.auto_mapping is None:
-        return False
-    starts_at_zero = config.init_weights
-    layers = [layer for _, layer in adapted_linears(model, adapter_name)]
-    return all(adapter_name in layer.fresh for layer in layers) and not (
-        starts_at_zero and any(layer.is_trained(adapter_name) for layer in layers)
-    )
-
-
-def _trainable_before(model: nn.Module) -> frozenset[str]:
-    if isinstance(model, PeftModel):
-        return cast(TRPTSModel, model.base_model).trainable_before
-    checks = [hook for hook in model._forward_pre_hooks.values() if isinstance(hook, _LoadCheck)]
-    return checks[0].trainable if checks else frozenset()
-
-
-def _withdraw(model: nn.Module, adapter_name: str) -> None:
-    """Take out an adapter whose file was refused; with the last one, all that PEFT has put into the base model."""
-    trainable = _trainable_before(model)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    configs = cast(dict[str, Any], cast(Any, base).peft_config)
-    others = [name for name in configs if name != adapter_name]
-    if others and any(adapter_name in layer.active_adapters for _, layer in adapted_linears(base, adapter_name)):
-        set_adapter(base, others[0], inference_mode=configs[others[0]].inference_mode, layer_cls=TRPTSLayer)
-    delete_adapter(base, adapter_name, PREFIX, TRPTSLayer)
-    configs.pop(adapter_name, None)
-    drop_idle_selections(base)
-    for key, hook in list(base._forward_pre_hooks.items()):
-        if isinstance(hook, _LoadCheck) and (not others or hook.adapter_name == adapter_name):
-            del base._forward_pre_hooks[key]
-    _unwrap_idle(base)
-    if not others:
-        _strip(base, trainable)
-
-
-def _strip(base: nn.Module, trainable: frozenset[str]) -> None:
-    """Undo what else an injection has done: no configs, trainable what was trainable."""
-    del cast(Any, base).peft_config
-    if hasattr(base, "_hf_peft_config_loaded"):
-        cast(Any, base)._hf_peft_config_loaded = False
-    _restore_trainable(base, trainable)
-
-
-def _unwrap_idle(base: nn.Module) -> None:
-    """Put the base's own modules in the places of wrappers that no adapter uses any more."""
-    for name, module in list(base.named_modules()):
-        parent, _, child = name.rpartition(".")
-        if isinstance(module, TRPTSLinear) and not len(module.trpts_values):
-            setattr(base.get_submodule(parent), child, module.base_layer)
-        elif isinstance(module, ModulesToSaveWrapper) and not len(module.modules_to_save):
-            setattr(base.get_submodule(parent), child, module.original_module)
-
-
-def _restore_modules(base: nn.Module) -> None:
-    """Put the original modules in the places of what `modules_to_save` trains."""
-    for name, module in list(base.named_modules()):
-        if isinstance(module, ModulesToSaveWrapper):
-            parent, _, child = name.rpartition(".")
-            setattr(base.get_submodule(parent), child, module.original_module)
-
-
-def _restore_trainable(base: nn.Module, trainable: frozenset[str]) -> None:
-    for name, parameter in base.named_parameters():
-        parameter.requires_grad_(name in trainable)

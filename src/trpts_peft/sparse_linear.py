@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .functional import tokens_with_gradient
 
@@ -60,8 +59,13 @@ class _SparseLinear(torch.autograd.Function):
         return F.linear(rows, compose_weight(weight, columns, values).to(rows.dtype), bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
+        # Not by `once_differentiable`: under it `torch.autograd.grad` silently leaves out what goes through here.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "`create_graph` must be False where gradients pass a layer of TR-PTS, got True: it keeps a part of its "
+                "input, which gives no second derivatives."
+            )
         kept, weight, columns, values, slots = ctx.saved_tensors
         needs_x, _, needs_bias, _, needs_values, *_ = ctx.needs_input_grad
         grad_x = grad_bias = grad_values = None

@@ -1,0 +1,122 @@
+"""Checks an adapter that a loader has put into a model, and takes it out again where its file is refused."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import delete_adapter, set_adapter
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+from .checkpoint import adapted_linears, check_adapter
+from .config import TRPTSConfig
+from .layer import TRPTSLinear
+from .tuner_layer import PREFIX, TRPTSLayer
+from .vit import drop_idle_selections
+
+__all__ = ["LoadCheck", "is_fresh", "restore_modules", "restore_trainable", "withdraw"]
+
+
+class LoadCheck:
+    """Forward pre-hook of a model that an adapter was injected into directly: checks it once, before the first pass."""
+
+    def __init__(self, adapter_name: str, trainable: frozenset[str]) -> None:
+        self.adapter_name = adapter_name
+        self.trainable = trainable
+
+    def __call__(self, model: nn.Module, _args: Any) -> None:
+        if torch.compiler.is_compiling():
+            if model.training:  # gradients need what follows from the columns, which a loader may have exchanged
+                raise RuntimeError(
+                    f"Adapter {self.adapter_name!r} must be checked before it is compiled for training, got a "
+                    "compiled model: run one forward pass first."
+                )
+            return
+        config = getattr(model, "peft_config", {}).get(self.adapter_name)
+        try:
+            if isinstance(config, TRPTSConfig):
+                check_adapter(model, config, self.adapter_name)
+        except ValueError:
+            withdraw(model, self.adapter_name)
+            raise
+        for key, hook in list(model._forward_pre_hooks.items()):
+            if hook is self:
+                del model._forward_pre_hooks[key]
+        for _, layer in adapted_linears(model, self.adapter_name):
+            layer.refresh(self.adapter_name)
+            layer.fresh.discard(self.adapter_name)
+
+
+def is_fresh(model: nn.Module, adapter_name: str) -> bool:
+    """Whether the adapter was only just injected, to receive a file, and holds nothing that was trained.
+
+    Its config tells: it has results, serves inference, or carries what `save_pretrained` adds. Another one was made by
+    the user, and stays for another try.
+    """
+    config = cast(Any, model).peft_config[adapter_name]
+    if config.connections is None and not config.inference_mode and config.auto_mapping is None:
+        return False
+    starts_at_zero = config.init_weights
+    layers = [layer for _, layer in adapted_linears(model, adapter_name)]
+    return all(adapter_name in layer.fresh for layer in layers) and not (
+        starts_at_zero and any(layer.is_trained(adapter_name) for layer in layers)
+    )
+
+
+def _trainable_before(model: nn.Module) -> frozenset[str]:
+    if isinstance(model, PeftModel):
+        return cast(frozenset[str], model.base_model.trainable_before)
+    checks = [hook for hook in model._forward_pre_hooks.values() if isinstance(hook, LoadCheck)]
+    return checks[0].trainable if checks else frozenset()
+
+
+def withdraw(model: nn.Module, adapter_name: str) -> None:
+    """Take out an adapter whose file was refused; with the last one, all that PEFT has put into the base model."""
+    trainable = _trainable_before(model)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    configs = cast(dict[str, Any], cast(Any, base).peft_config)
+    others = [name for name in configs if name != adapter_name]
+    if others and any(adapter_name in layer.active_adapters for _, layer in adapted_linears(base, adapter_name)):
+        set_adapter(base, others[0], inference_mode=configs[others[0]].inference_mode, layer_cls=TRPTSLayer)
+    delete_adapter(base, adapter_name, PREFIX, TRPTSLayer)
+    configs.pop(adapter_name, None)
+    drop_idle_selections(base)
+    for key, hook in list(base._forward_pre_hooks.items()):
+        if isinstance(hook, LoadCheck) and (not others or hook.adapter_name == adapter_name):
+            del base._forward_pre_hooks[key]
+    _unwrap_idle(base)
+    if not others:
+        _strip(base, trainable)
+
+
+def _strip(base: nn.Module, trainable: frozenset[str]) -> None:
+    """Undo what else an injection has done: no configs, trainable what was trainable."""
+    del cast(Any, base).peft_config
+    if hasattr(base, "_hf_peft_config_loaded"):
+        cast(Any, base)._hf_peft_config_loaded = False
+    restore_trainable(base, trainable)
+
+
+def _unwrap_idle(base: nn.Module) -> None:
+    """Put the base's own modules in the places of wrappers that no adapter uses any more."""
+    for name, module in list(base.named_modules()):
+        parent, _, child = name.rpartition(".")
+        if isinstance(module, TRPTSLinear) and not len(module.trpts_values):
+            setattr(base.get_submodule(parent), child, module.base_layer)
+        elif isinstance(module, ModulesToSaveWrapper) and not len(module.modules_to_save):
+            setattr(base.get_submodule(parent), child, module.original_module)
+
+
+def restore_modules(base: nn.Module) -> None:
+    """Put the original modules in the places of what `modules_to_save` trains."""
+    for name, module in list(base.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            parent, _, child = name.rpartition(".")
+            setattr(base.get_submodule(parent), child, module.original_module)
+
+
+def restore_trainable(base: nn.Module, trainable: frozenset[str]) -> None:
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad_(name in trainable)

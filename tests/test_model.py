@@ -127,6 +127,17 @@ def test_the_config_of_a_calibrated_adapter_makes_none(tmp_path: Path, caplog: p
     assert "not calibrated" not in repr(model) + caplog.text
 
 
+def test_without_weights_nothing_is_said_of_a_config_used_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter().save_pretrained(tmp_path)
+    caplog.clear()
+    with torch.device("meta"):
+        model = get_peft_model(build_vit(), PeftConfig.from_pretrained(tmp_path))
+    model.train()
+    assert "not calibrated" not in caplog.text + repr(model)
+
+
 @pytest.mark.parametrize("chosen", [False, True])
 def test_the_whole_model_is_written_and_read(tmp_path: Path, chosen: bool) -> None:
     model, other = (adapter() if chosen else get_peft_model(build_vit(), TRPTSConfig()) for _ in range(2))

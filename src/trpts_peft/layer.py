@@ -161,9 +161,9 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
 
     def is_chosen(self, adapter_name: str) -> bool:
         """Whether calibration or a file has given the adapter its columns; a config alone gives their number only."""
-        columns = self.trpts_columns[adapter_name]
-        if adapter_name not in self.fresh or columns.is_meta:
-            return True
+        columns, weight = self.trpts_columns[adapter_name], self.base_layer.weight
+        if adapter_name not in self.fresh or weight.is_meta or isinstance(weight, DTensor):
+            return True  # or there are no weights to tell by
         return not torch.equal(columns, self.magnitude_columns(columns.shape[1]))
 
     def magnitude_columns(self, count: int) -> Tensor:

@@ -30,7 +30,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]  # tensors, and what else a collate function adds for the model
 
 # How a DataLoader loads, which says nothing of what it yields.
 _LOADING = (

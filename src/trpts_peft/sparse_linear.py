@@ -64,7 +64,7 @@ class _SparseLinear(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "`create_graph` must be False where gradients pass a layer of TR-PTS, got True: it keeps a part of its "
-                "input, which gives no second derivatives."
+                "input, which gives no second derivatives. Where they are needed, take another method."
             )
         kept, weight, columns, values, slots = ctx.saved_tensors
         needs_x, _, needs_bias, _, needs_values, *_ = ctx.needs_input_grad

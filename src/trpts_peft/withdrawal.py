@@ -118,5 +118,6 @@ def restore_modules(base: nn.Module) -> None:
 
 
 def restore_trainable(base: nn.Module, trainable: frozenset[str]) -> None:
+    """Let exactly the parameters of these names train."""
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(name in trainable)

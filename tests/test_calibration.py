@@ -163,6 +163,9 @@ def test_random_importance_follows_the_seed() -> None:
     runs = [calibrate(adapter(importance="random", seed=s), None, probe_head=False, **QUIET) for s in (1, 1, 2)]
     assert_equal(runs[0], runs[1])
     assert any(not torch.equal(runs[0].columns[n], runs[2].columns[n]) for n in runs[0].columns)
+    model = adapter(importance="random", seed=1)
+    with torch.device("meta"):  # the default device is not where it is drawn
+        assert_equal(runs[0], calibrate(model, None, probe_head=False, **QUIET))
 
 
 def test_given_scores_are_used() -> None:

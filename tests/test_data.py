@@ -99,6 +99,12 @@ def test_fewer_samples_are_the_same_ones_every_time_and_in_order():
     assert chosen == list(chain(*labels_of(samples(40), num_samples=10)))
 
 
+def test_samples_are_drawn_on_the_cpu_whatever_the_default_device():
+    with torch.device("meta"):
+        batches = Batches(samples(9), Model(), num_samples=4, batch_size=4)
+    assert len(list(batches.iterate("", False))) == 1
+
+
 def test_fewer_samples_do_not_fall_into_step_with_labels_that_come_in_turn():
     chosen = list(chain(*labels_of(samples(200), num_samples=20)))
     assert len({index % 10 for index in chosen}) > 5

@@ -179,6 +179,15 @@ def test_kept_patches_are_shown_and_merged_ones_are_gray(family: str, prefix: in
         assert [ax.get_xlabel() for ax in axes[row, :2]] == ["64 patches", "32 kept"]
 
 
+def test_the_default_device_is_not_drawn_on() -> None:
+    model, pixels = selecting_vit(), build_images(2)
+    processor = ViTImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.25] * 3)
+    columns = {"fc1": torch.tensor([[0, 1], [2, 3]])}
+    with torch.device("meta"):
+        draw(plot_tokens(model, pixels, processor=processor))
+        assert overlap(columns, columns) == 1
+
+
 def test_each_selecting_block_has_a_column() -> None:
     model, pixels = selecting_vit(), build_images(3)
     with record_tokens(model) as record, torch.no_grad():

@@ -78,6 +78,13 @@ def test_it_leaves_gradients_and_random_numbers_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_it_is_fitted_where_the_features_lie():
+    features, labels = clusters()
+    with torch.device("meta"):  # the default device
+        probe = fit_linear_probe(features, labels, 3)
+    assert torch.equal(probe.weight, fit_linear_probe(features, labels, 3).weight)
+
+
 def test_train_accuracy_is_counted():
     features, labels = clusters()
     probe = fit_linear_probe(features, labels, 3)

@@ -72,6 +72,14 @@ def test_every_patch_is_either_kept_or_merged() -> None:
             assert sorted([*kept.tolist(), *merged]) == list(range(64))
 
 
+def test_a_record_is_on_the_cpu_whatever_the_default_device() -> None:
+    model, images = reduced(), build_images(3)
+    with record_tokens(model) as record, torch.device("meta"):
+        model(images)
+    tensors = [tensor for block in record.values() for tensor in (*block.kept, *block.importance)]
+    assert {tensor.device.type for tensor in tensors} == {"cpu"}
+
+
 def test_a_merged_token_is_merged_again() -> None:
     """With the trace above this happens somewhere among a few images; its patches then move to the later block."""
     model = reduced()

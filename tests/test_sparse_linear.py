@@ -249,6 +249,14 @@ def test_a_device_that_would_have_to_wait_is_not_asked(monkeypatch):
     assert _rows_to_visit(torch.zeros(10, ROWS), None) is None
 
 
+def test_rows_to_visit_lie_where_the_gradient_lies():
+    grad_rows = torch.zeros(10, ROWS)
+    grad_rows[::5] = 1
+    with torch.device("meta"):  # the default device
+        rows = _rows_to_visit(grad_rows, 5)
+    assert rows.tolist() == [0, 5]
+
+
 def test_the_gradient_of_the_bias_comes_with_that_of_the_values(monkeypatch):
     x, weight, bias, columns, values = case()
     y = sparse(x, weight, bias, columns, values)

@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -215,11 +216,13 @@ def test_deepcopy_and_pickle(make: Any) -> None:
     assert torch.equal(predict(model), expected)
 
 
-def test_compiles_in_one_graph() -> None:
+@pytest.mark.parametrize("context", [nullcontext(), torch.device("cpu")], ids=["", "under a default device"])
+def test_compiles_in_one_graph(context: Any) -> None:
     torch._dynamo.reset()
     model = adapter(build_vit("deit", num_hidden_layers=2), token_layers=[0])
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(build_images()).logits, predict(model), rtol=1e-4, atol=1e-5)
+    with context:
+        torch.testing.assert_close(compiled(build_images()).logits, predict(model), rtol=1e-4, atol=1e-5)
 
 
 class Logits(nn.Module):

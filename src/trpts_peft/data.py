@@ -191,7 +191,8 @@ class Batches:
             raise ValueError("`data` must hold at least one sample, got none.")
         wanted = len(indices) if self.num_samples is None else min(self.num_samples, len(indices))
         # Drawn, not counted off in equal steps: labels that come in turn would fall into step with those.
-        drawn = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))[:wanted]
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randperm(len(indices), generator=generator, device="cpu")[:wanted]
         chosen = [indices[i] for i in sorted(drawn.tolist())]
         batches = [chosen[i : i + self.batch_size] for i in range(0, wanted, self.batch_size)]
         mine = batches[self.rank :: self.world]

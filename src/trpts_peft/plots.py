@@ -209,7 +209,7 @@ def _displayable(pixels: Tensor, processor: Any) -> Tensor:
     pixels = pixels.float().cpu()
     mean, deviation = (getattr(processor, name, None) for name in ("image_mean", "image_std"))
     if mean is not None and deviation is not None and getattr(processor, "do_normalize", True):
-        pixels = pixels * torch.tensor(deviation).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
+        pixels = pixels * pixels.new_tensor(deviation).view(-1, 1, 1) + pixels.new_tensor(mean).view(-1, 1, 1)
     elif processor is None:
         low, high = pixels.amin((1, 2, 3), keepdim=True), pixels.amax((1, 2, 3), keepdim=True)
         pixels = (pixels - low) / (high - low).clamp_min(1e-12)
@@ -220,7 +220,7 @@ def _displayable(pixels: Tensor, processor: Any) -> Tensor:
 
 def _faded(image: Tensor, kept: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
     """The image (H, W, 3) with all patches but the kept ones mostly gray."""
-    alive = torch.zeros(grid[0] * grid[1], dtype=torch.bool)
+    alive = torch.zeros(grid[0] * grid[1], dtype=torch.bool, device=kept.device)
     alive[kept] = True
     mask = alive.view(grid).repeat_interleave(patch[0], 0).repeat_interleave(patch[1], 1)
     result = image.clone()
@@ -269,7 +269,7 @@ def overlap(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
 def _positions(columns: Tensor) -> Tensor:
     """One int64 per trainable weight: the row in the high 32 bits, the column in the low ones."""
     columns = columns.detach().cpu().long()
-    unique: Tensor = torch.unique((torch.arange(len(columns)).unsqueeze(1) << 32) | columns)
+    unique: Tensor = torch.unique((torch.arange(len(columns), device=columns.device).unsqueeze(1) << 32) | columns)
     return unique
 
 

@@ -70,7 +70,7 @@ def _accuracy(features: Tensor, labels: Tensor, weight: Tensor) -> float:
 def _folds(labels: Tensor) -> Tensor:
     """The fold of each sample, int64 (n,): the samples of each class take turns, in their order."""
     folds = torch.empty_like(labels)
-    folds[labels.argsort(stable=True)] = torch.arange(len(labels)) % FOLDS
+    folds[labels.argsort(stable=True)] = torch.arange(len(labels), device=labels.device) % FOLDS
     return folds
 
 
@@ -100,9 +100,9 @@ def fit_linear_probe(features: Tensor, labels: Tensor, num_labels: int, *, fit_b
         num_labels: rows of the head.
         fit_bias: whether the head has a bias; without, the one returned is zero.
     """
-    constant = torch.full((len(features), 1), float(fit_bias), dtype=torch.float64)
-    features = torch.cat([features.double(), constant], dim=1)
-    zero = torch.zeros(features.shape[1], num_labels, dtype=torch.float64)
+    features = features.double()
+    features = torch.cat([features, features.new_full((len(features), 1), float(fit_bias))], dim=1)
+    zero = features.new_zeros(features.shape[1], num_labels)
     strength, loss, accuracy = 1e-2, float("nan"), float("nan")
     if len(labels) >= 2 * FOLDS:
         starts, best = [zero] * FOLDS, float("inf")

@@ -47,7 +47,7 @@ class TokenRecord(dict[int, BlockRecord]):
             _trace(block, patches, merged, indices.tolist())
             for (patches, merged), indices in zip(before, kept.cpu(), strict=True)
         ]
-        record.kept.extend(torch.tensor(patches, dtype=torch.int64) for patches, _ in self._last)
+        record.kept.extend(torch.tensor(patches, dtype=torch.int64, device="cpu") for patches, _ in self._last)
         record.merged.extend(merged for _, merged in self._last)
         record.importance.extend(importance.detach().cpu())
 

@@ -107,7 +107,7 @@ def _rows_to_visit(grad_rows: Tensor, tokens: int | None) -> Tensor | None:
     visited = tokens_with_gradient(grad_rows.reshape(-1, tokens, grad_rows.shape[1]))
     if visited is None:
         return None
-    first = torch.arange(0, grad_rows.shape[0], tokens).unsqueeze(1)
+    first = torch.arange(0, grad_rows.shape[0], tokens, device=grad_rows.device).unsqueeze(1)
     return (first + visited).flatten()
 
 

@@ -218,8 +218,9 @@ class _SelectingAttention(nn.Module):
             stock: tuple[Tensor, Tensor | None] = super().forward(hidden_states, attention_mask, **kwargs)
             return stock
         module = cast(Any, self)
+        by_head = (*hidden_states.shape[:-1], -1, module.head_dim)  # `unflatten` breaks graphs under a default device
         query, key, value = (
-            project(hidden_states).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+            project(hidden_states).view(by_head).transpose(1, 2)
             for project in (module.q_proj, module.k_proj, module.v_proj)
         )
         # The fused attention does not give its weights away; one row of them is cheap to compute again.

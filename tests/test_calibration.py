@@ -284,7 +284,7 @@ def test_summary_is_printed_only_with_progress(capsys: pytest.CaptureFixture[str
 def test_calibrated_model_trains() -> None:
     model = adapter().train()
     calibrate(model, DATA, **QUIET)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
     before = model(**DATA.batch()).loss.item()
     for _ in range(5):
         loss = model(**DATA.batch()).loss

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -120,7 +121,7 @@ def test_results_say_what_was_done(done: Any) -> None:
     settings, results = done
     assert results == json.loads((settings.output / "results.json").read_text())
     assert results["settings"]["learning_rate"] == METHODS["trpts"].learning_rate
-    assert results["versions"]["torch"] == torch.__version__
+    assert results["versions"]["torch"] == version("torch")
     assert results["data"] == {"classes": list(NAMES), "train": 18, "test": 9, "test_split": "test"}
     assert results["preprocessing"]["size"] == {"height": 32, "width": 32}
     assert results["seconds"]["steps"] == 6 and results["seconds"]["training"] > 0

@@ -81,7 +81,7 @@ class Start:
     def base(self, probed_head: bool = True) -> PreTrainedModel:
         """The model with a head for the task, fitted or drawn by the seed that is set, where it is going to train."""
         base = load_classifier(self.model, [str(label) for label in range(self.classes)])
-        base.to(torch.accelerator.current_accelerator() or "cpu")
+        base.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
         head = find_head(base, "default")
         if probed_head:
             head.write(self.probe().weight, self.probe().bias)

@@ -40,8 +40,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def _autocasts(x: Tensor) -> bool:
     """Whether autocast would convert the input of a linear; it leaves float64 alone, and there is none for meta."""
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return not x.is_meta and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
 
 
 class TRPTSLinear(nn.Module, TRPTSLayer):

@@ -6,7 +6,7 @@ STAMP := $(VENV)/.stamp
 TORCH := $(shell sed -n 's/^\(torch==[^; ]*\).*/\1/p' constraints.txt)
 PIP_OPTIONS := --quiet --disable-pip-version-check
 
-.PHONY: demo bench results test check wheel clean
+.PHONY: demo bench results test oldest check wheel clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -22,6 +22,12 @@ results: $(STAMP)
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 	$(MAKE) wheel
+
+# With the oldest versions that pyproject.toml lets in; of torch there is no small build of that age.
+oldest:
+	$(PYTHON) -m venv --clear $(VENV)-oldest
+	$(VENV)-oldest/bin/pip install $(PIP_OPTIONS) -c constraints-oldest.txt -e ".[dev]"
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n 2
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -56,5 +62,5 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist runs .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-oldest build dist runs .mypy_cache .pytest_cache .ruff_cache
 	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import sys
 import types
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import trpts_peft
 
@@ -117,3 +119,14 @@ def test_matplotlib_is_imported_only_where_something_is_drawn(path):
     for node in tree_of(path).body:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             assert "matplotlib" not in ast.unparse(node)
+
+
+def test_the_tests_were_run_with_the_lower_bounds():
+    pins = (Path(__file__).parents[1] / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines()
+    oldest = {
+        pin.name: pin.specifier for pin in map(Requirement, (line.partition("#")[0] for line in pins if line[0] != "#"))
+    }
+    for requirement in map(Requirement, requires("trpts-peft")):
+        if "dev" not in str(requirement.marker):
+            (bound,) = [clause.version for clause in requirement.specifier if clause.operator == ">="]
+            assert oldest[requirement.name].contains(bound), requirement

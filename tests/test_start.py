@@ -23,6 +23,14 @@ def test_the_head_is_fitted_or_drawn(given: Given) -> None:
     assert not torch.equal(fitted.weight, drawn.weight)
 
 
+def test_a_build_for_gpus_without_a_gpu_stays_on_the_cpu(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
+    built_for = torch.device("cuda")
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available=False: None if check_available else built_for
+    )
+    assert given.start().base().device.type == "cpu"
+
+
 def test_what_is_measured_first_leaves_no_trace(given: Given) -> None:
     """The next head drawn is that of the seed, whether the probe and the scores are there yet or not."""
     start, drawn = given.start(), []

@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 from trpts_peft import FisherScores, TRPTSConfig, estimate_fisher
 from trpts_peft.fisher import FisherCollector, _sums_device, per_sample_cross_entropy
-from trpts_peft.functional import squared_gradient_sum, tokens_with_gradient
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
 
@@ -243,39 +242,6 @@ def test_inputs_without_a_token_axis_are_samples():
         loss = F.cross_entropy(model(x[i : i + 1]), torch.tensor([i % 3]))
         expected += torch.autograd.grad(loss, model[0].weight)[0] ** 2
     torch.testing.assert_close(collector.sums["0"].float(), expected, rtol=1e-4, atol=1e-9)
-
-
-@pytest.mark.parametrize("tokens", [[], [0], [3], [0, 2], [0, 1, 2, 3, 4]])
-def test_tokens_without_a_gradient_are_left_out(monkeypatch, tokens):
-    linear, x = nn.Linear(4, 6), torch.randn(3, 5, 4)
-    mask = torch.zeros(5, 1)
-    mask[tokens] = 1
-    visited = []
-    monkeypatch.setattr(
-        "trpts_peft.fisher.squared_gradient_sum",
-        lambda x, g, **options: visited.append(x.shape[1]) or squared_gradient_sum(x, g, **options),
-    )
-    collector = FisherCollector({"linear": linear}, "fisher", 1.0)
-    with collector.collecting(linear):
-        collector.add((linear(x) * mask).square().sum((1, 2)))
-    expected = torch.zeros(6, 4)
-    for sample in x:
-        (gradient,) = torch.autograd.grad((linear(sample) * mask).square().sum(), linear.weight)
-        expected += gradient**2 / 3
-    assert visited == [len(tokens)]
-    torch.testing.assert_close(collector.result(lambda total: total)["linear"], expected, rtol=1e-4, atol=1e-6)
-
-
-def test_only_linears_that_may_leave_tokens_out_are_asked_again(monkeypatch, tiny_vit, labelled_images):
-    model, asked = tiny_vit(), []
-    monkeypatch.setattr(
-        "trpts_peft.fisher.tokens_with_gradient", lambda g: asked.append(g.shape) or tokens_with_gradient(g)
-    )
-    expected = naive_fisher(model, labelled_images(12))
-    asked.clear()
-    assert_scores(estimate(model, labelled_images(12)), expected)
-    # Behind the last attention only the CLS token goes on: q_proj, o_proj, fc1 and fc2 of the last of four blocks.
-    assert len(asked) == 24 + 4 + 4
 
 
 def test_sums_are_given_up_one_by_one(tiny_vit, labelled_images):

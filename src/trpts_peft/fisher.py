@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .functional import squared_gradient_sum, tokens_with_gradient
+from .functional import squared_gradient_sum
 
 __all__ = ["FisherCollector", "FisherScores", "LossFn", "per_sample_cross_entropy"]
 
@@ -96,7 +96,6 @@ class FisherCollector:
             for name, linear in self.linears.items()
         }
         self._seen: set[str] = set()
-        self._whole: set[str] = set()  # linears whose gradient has reached the last token: of these none is left out
 
     def add(self, loss: Tensor) -> None:
         """Run backward from the per-sample losses (B,) of the last forward pass."""
@@ -146,21 +145,10 @@ class FisherCollector:
         x, g = _by_sample(inputs).float(), _by_sample(grad.detach()).float()
         with torch.autocast(x.device.type, enabled=False):  # 16 bits cannot hold the squares of gradients
             if self.score == "fisher":
-                if (tokens := self._tokens(name, g)) is not None:
-                    x, g = x[:, tokens], g[:, tokens]
                 total = squared_gradient_sum(x, g, workspace_mb=self.workspace_mb)
             else:
                 total = g.flatten(0, 1).t() @ x.flatten(0, 1)
             self.sums[name] += total.to(self.sums[name].device)
-
-    def _tokens(self, name: str, grad: Tensor) -> Tensor | None:
-        """Those with a gradient, None for all. A GPU has to wait to be asked: it is not, once a linear needed all."""
-        if name in self._whole:
-            return None
-        tokens = tokens_with_gradient(grad)
-        if tokens is None:
-            self._whole.add(name)
-        return tokens
 
     def result(self, add_up: Callable[[Tensor], Tensor]) -> FisherScores:
         """The mean over samples (its absolute value for `"gradient"`), float32 on the CPU; the sums are given up.

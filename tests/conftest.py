@@ -18,6 +18,11 @@ from torch.utils.data import Dataset
 from transformers import (
     DeiTConfig,
     DeiTForImageClassification,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersForImageClassification,
+    PreTrainedConfig,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -26,10 +31,16 @@ import trpts_peft  # noqa: F401  (registers the method)
 
 torch.set_num_threads(1)
 
-FAMILIES = {"vit": (ViTConfig, ViTForImageClassification), "deit": (DeiTConfig, DeiTForImageClassification)}
+FAMILIES: dict[str, tuple[Any, Any]] = {
+    "vit": (ViTConfig, ViTForImageClassification),
+    "deit": (DeiTConfig, DeiTForImageClassification),
+    "dinov2": (Dinov2Config, Dinov2ForImageClassification),
+    "dinov2_with_registers": (Dinov2WithRegistersConfig, Dinov2WithRegistersForImageClassification),
+}
+PREFIX = {"vit": 1, "deit": 2, "dinov2": 1, "dinov2_with_registers": 5}  # CLS, distillation, four registers
 
 
-def small_config(family: str = "vit", **options: Any) -> ViTConfig | DeiTConfig:
+def small_config(family: str = "vit", **options: Any) -> PreTrainedConfig:
     """Four blocks, two heads, width 32, 64 patches, three classes; `options` of the transformers config override.
 
     The initial weights are some eight times those of transformers' default: else blocks hardly change their input,
@@ -37,7 +48,7 @@ def small_config(family: str = "vit", **options: Any) -> ViTConfig | DeiTConfig:
     """
     defaults = {
         "hidden_size": 32,
-        "intermediate_size": 64,
+        **({"mlp_ratio": 2} if family.startswith("dinov2") else {"intermediate_size": 64}),
         "num_hidden_layers": 4,
         "num_attention_heads": 2,
         "image_size": 32,
@@ -49,7 +60,7 @@ def small_config(family: str = "vit", **options: Any) -> ViTConfig | DeiTConfig:
 
 
 def build_vit(family: str = "vit", *, seed: int = 0, model_class: type[nn.Module] | None = None, **options: Any) -> Any:
-    """A ViT or DeiT in eval mode, the same for the same seed; biases are not zero, so that forgetting one shows."""
+    """A small model in eval mode, the same for the same seed; biases and scales are random: to forget one shows."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = (model_class or FAMILIES[family][1])(small_config(family, **options))
@@ -57,7 +68,25 @@ def build_vit(family: str = "vit", *, seed: int = 0, model_class: type[nn.Module
             for name, parameter in model.named_parameters():
                 if name.endswith("bias"):
                     parameter.normal_(std=0.1)
+                elif name.endswith("lambda1"):
+                    parameter.uniform_(0.5, 1.5)
     return model.eval()
+
+
+def naive_attend(block: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """The first half of a stock block in eval mode, by hand: (B, S, D) with the residual, and the attention weights."""
+    if hasattr(block, "norm1"):
+        attended, weights = block.attention(block.norm1(hidden))
+        return hidden + block.layer_scale1.lambda1 * attended, weights
+    attended, weights = block.attention(block.layernorm_before(hidden))
+    return hidden + attended, weights
+
+
+def naive_transform(block: Any, hidden: Tensor) -> Tensor:
+    """The second half of a stock block in eval mode, by hand."""
+    if hasattr(block, "norm2"):
+        return hidden + block.layer_scale2.lambda1 * block.mlp(block.norm2(hidden))
+    return hidden + block.mlp(block.layernorm_after(hidden))
 
 
 def build_images(count: int = 2, *, image_size: int = 32, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -102,7 +131,7 @@ def _own_log_level() -> Iterator[None]:
 
 @pytest.fixture
 def tiny_vit() -> Callable[..., Any]:
-    """`tiny_vit("vit" or "deit", seed=0, model_class=None, **config)`: see `build_vit`."""
+    """`tiny_vit(family, seed=0, model_class=None, **config)`: see `build_vit`."""
     return build_vit
 
 

@@ -369,7 +369,9 @@ def test_bad_arguments_are_refused(tiny_vit, name, options, message):
     assert all(p.requires_grad for p in base.parameters())
 
 
+@pytest.mark.parametrize("family", [None, "dinov2"])
 @pytest.mark.parametrize("name", WRAPPING)
-def test_other_models_are_refused(name):
-    with pytest.raises(ValueError, match="`base` must be a ViT or DeiT of transformers, got Sequential"):
-        build(name, nn.Sequential(nn.Linear(2, 2)))
+def test_other_models_are_refused(tiny_vit, name, family):
+    model = tiny_vit(family) if family else nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=f"`base` must be a ViT or DeiT of transformers, got {type(model).__name__}"):
+        build(name, model)

@@ -96,7 +96,7 @@ def test_selection_is_that_of_a_naive_fisher() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 32])
-@pytest.mark.parametrize("family", ["vit", "deit"])
+@pytest.mark.parametrize("family", ["vit", "deit", "dinov2"])
 def test_selection_does_not_depend_on_batch_size(batch_size: int, family: str) -> None:
     one, other = adapter(build_vit(family)), adapter(build_vit(family))
     first = calibrate(one, DATA, batch_size=4, **QUIET)

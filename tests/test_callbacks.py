@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,12 @@ def naive_norms(model: nn.Module, names: tuple[str, ...] = ("default",)) -> dict
                 for row, columns in enumerate(layer.trpts_columns[adapter_name].tolist()):
                     for slot, column in enumerate(columns):
                         delta[row, column] += layer.trpts_values[adapter_name][row, slot].item()
-            block = f"block_{name.split('.layers.')[1].split('.')[0]}" if ".layers." in name else "other"
+            block = f"block_{number[1]}" if (number := re.search(r"\.layers?\.(\d+)", name)) else "other"
             sums[block] = sums.get(block, 0.0) + float(delta.square().sum())
     return {f"trpts_norm/{block}": total**0.5 for block, total in sums.items()}
 
 
-@pytest.mark.parametrize("family", ["vit", "deit"])
+@pytest.mark.parametrize("family", ["vit", "deit", "dinov2"])
 def test_what_is_logged(family: str, tmp_path: Path) -> None:
     trainer = train(adapter(build_vit(family)), tmp_path)
     first, last = logged(trainer)

@@ -12,11 +12,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import DeiTForImageClassificationWithTeacher, ViTModel
 
-from conftest import build_images, build_vit
+from conftest import FAMILIES, PREFIX, build_images, build_vit
 from trpts_peft import TRPTSConfig, apply_token_selection, estimate_cost, record_tokens, set_token_selection
 from trpts_peft.cost import Geometry, geometry_of, macs, patch_grid, predicted_speedup, tokens_per_block
 
-VIT_B16 = Geometry(tokens=196, prefix=1, hidden=768, intermediate=3072, blocks=12, patch_inputs=768, labels=100)
+VIT_B16 = Geometry(tokens=196, prefix=1, hidden=768, intermediate=3072, blocks=12, patch_inputs=768, head=76_800)
 
 
 def trpts(**options: Any) -> TRPTSConfig:
@@ -49,7 +49,7 @@ def test_one_block_at_0_8(block: int, speedup: float) -> None:
 
 @pytest.mark.parametrize("prefix", [1, 2])
 def test_macs_of_a_naive_sum(prefix: int) -> None:
-    g = Geometry(tokens=9, prefix=prefix, hidden=4, intermediate=6, blocks=2, patch_inputs=12, labels=3)
+    g = Geometry(tokens=9, prefix=prefix, hidden=4, intermediate=6, blocks=2, patch_inputs=12, head=12)
     before, after = 9 + prefix, math.floor(0.6 * 9) + 1 + prefix
     expected = 9 * 12 * 4 + 4 * 3  # patches and head
     for attended, refined in ((before, after), (after, after)):
@@ -61,7 +61,7 @@ def test_macs_of_a_naive_sum(prefix: int) -> None:
 
 
 def test_nothing_happens_where_one_token_would_be_merged() -> None:
-    g = Geometry(tokens=10, prefix=1, hidden=4, intermediate=8, blocks=3, patch_inputs=12, labels=3)
+    g = Geometry(tokens=10, prefix=1, hidden=4, intermediate=8, blocks=3, patch_inputs=12, head=12)
     assert tokens_per_block(g, {0: 0.9, 1: 1.0, 2: 0.8}) == (11, 11, 10)
     assert macs(g, {0: 0.9, 1: 1.0}) == macs(g, {})
 
@@ -71,23 +71,38 @@ def test_a_block_that_does_not_exist_is_refused() -> None:
         macs(VIT_B16, {12: 0.5, -1: 0.5, 3: 0.5})
 
 
-@pytest.mark.parametrize(("family", "prefix"), [("vit", 1), ("deit", 2)])
-def test_geometry_of_a_model(family: str, prefix: int) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_geometry_of_a_model(family: str) -> None:
+    features = 64 if family.startswith("dinov2") else 32  # the CLS token, and the mean of the patches behind it
     expected = Geometry(
-        tokens=8 * 6, prefix=prefix, hidden=32, intermediate=64, blocks=4, patch_inputs=4 * 4 * 3, labels=3
+        tokens=8 * 6,
+        prefix=PREFIX[family],
+        hidden=32,
+        intermediate=64,
+        blocks=4,
+        patch_inputs=4 * 4 * 3,
+        head=features * 3,
     )
     model = build_vit(family, image_size=[32, 24])
     assert geometry_of(model) == expected
     assert geometry_of(get_peft_model(model, trpts())) == expected
 
 
+def test_geometry_of_a_gated_mlp() -> None:
+    model = build_vit("dinov2", use_swiglu_ffn=True)
+    linears = [m for m in model.dinov2.encoder.layer[0].mlp.modules() if isinstance(m, nn.Linear)]
+    assert len(linears) == 3
+    products = sum(linear.in_features * linear.out_features for linear in linears)
+    assert 2 * 32 * geometry_of(model).intermediate == products
+
+
 def test_geometry_of_another_image_size_and_heads() -> None:
     model = build_vit()
     assert patch_grid(model, (18, 40)) == (4, 10)
     assert geometry_of(model, (18, 40)).tokens == 40
-    assert geometry_of(build_vit(model_class=ViTModel)).labels == 0
-    assert geometry_of(build_vit("deit", model_class=DeiTForImageClassificationWithTeacher)).labels == 6
-    assert geometry_of(get_peft_model(model, LoraConfig(target_modules=["q_proj", "classifier"]))).labels == 3
+    assert geometry_of(build_vit(model_class=ViTModel)).head == 0
+    assert geometry_of(build_vit("deit", model_class=DeiTForImageClassificationWithTeacher)).head == 32 * 6
+    assert geometry_of(get_peft_model(model, LoraConfig(target_modules=["q_proj", "classifier"]))).head == 32 * 3
 
 
 def test_unknown_models_and_sizes_are_refused() -> None:
@@ -215,7 +230,7 @@ def test_a_model_around_a_vit() -> None:
 
     model = Classifier()
     cost = estimate_cost(model)
-    assert geometry_of(model).labels == 7
+    assert geometry_of(model).head == 32 * 5 + 5 * 2
     assert cost.total_parameters - cost.total_parameters_without_head == naive_size(model.top)
     assert cost.stored_parameters - cost.stored_parameters_without_head == naive_size(model.top)
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
+from conftest import FAMILIES
 from trpts_peft import FisherScores, TRPTSConfig, estimate_fisher
 from trpts_peft.fisher import FisherCollector, _sums_device, per_sample_cross_entropy
 
@@ -57,7 +58,7 @@ def estimate(model, data, **options):
 # ---- the measurement ----
 
 
-@pytest.mark.parametrize("family", ["vit", "deit"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_fisher_equals_a_batch_of_one_loop(tiny_vit, labelled_images, family):
     model, data = tiny_vit(family), labelled_images(7)
     assert_scores(estimate(model, data), naive_fisher(model, data))

@@ -62,6 +62,7 @@ def test_counts_and_cost_are_those_of_the_model(saved: Any) -> None:
     assert description["cost"]["base_parameters"] == cost.total_parameters
     assert description["cost"]["macs"] == cost.macs
     assert description["cost"]["speedup"] == cost.speedup
+    assert description["cost"]["image_size"] == [32, 32]
     assert description["cost"]["trainable_percent"] == cost.trainable_percent
     assert description["bytes"] == {"file": (folder / "adapter_model.safetensors").stat().st_size, "per_weight": 6.0}
     json.dumps(description)

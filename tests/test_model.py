@@ -231,7 +231,7 @@ def train_step(model: nn.Module) -> None:
     model.eval()
 
 
-@pytest.mark.parametrize("family", ["vit", "deit"])
+@pytest.mark.parametrize("family", ["vit", "deit", "dinov2_with_registers"])
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @pytest.mark.parametrize("is_trainable", [False, True])
 def test_life_cycle(tmp_path: Path, family: str, low_cpu_mem_usage: bool, is_trainable: bool) -> None:
@@ -313,7 +313,7 @@ def test_disabling_a_merged_adapter_is_exact() -> None:
         assert torch.equal(predict(model), predict(build_vit()))
 
 
-@pytest.mark.parametrize("family", ["vit", "deit"])
+@pytest.mark.parametrize("family", ["vit", "deit", "dinov2_with_registers"])
 def test_merge_and_unload_goes_on_selecting(family: str) -> None:
     model = adapter(build_vit(family))
     before = predict(model)

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import ViTImageProcessorPil
 
-from conftest import LabelledImages, build_images, build_vit
+from conftest import PREFIX, LabelledImages, build_images, build_vit
 from trpts_peft import (
     Selection,
     TRPTSConfig,
@@ -162,7 +162,7 @@ def naive_kept(model: Any, pixels: Tensor, block: int, rate: float, prefix: int)
     return [set(row.argsort(descending=True)[:count].tolist()) for row in importance]
 
 
-@pytest.mark.parametrize(("family", "prefix"), [("vit", 1), ("deit", 2)])
+@pytest.mark.parametrize(("family", "prefix"), PREFIX.items())
 def test_kept_patches_are_shown_and_merged_ones_are_gray(family: str, prefix: int) -> None:
     model, pixels = selecting_vit(family), build_images(2)
     axes = np.array(plot_tokens(model, pixels).axes).reshape(2, 3)

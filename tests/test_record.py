@@ -9,8 +9,9 @@ import torch
 from peft import get_peft_model
 from torch import Tensor
 
-from conftest import build_images, build_vit
+from conftest import FAMILIES, PREFIX, build_images, build_vit, naive_attend, naive_transform
 from trpts_peft import TRPTSConfig, apply_token_selection, record_tokens
+from trpts_peft.families import find_blocks
 
 RATES = {0: 0.75, 1: 0.5, 3: 0.4}
 
@@ -25,15 +26,14 @@ def reduced(family: str = "vit", rates: dict[int, float] | None = None) -> Any:
 def naive_trace(family: str, pixel_values: Tensor) -> dict[int, list[tuple[list[int], dict[int, int], Tensor]]]:
     """{block: per sample (own patches, {patch: block that merged it}, importance)}; a token is a set of patches."""
     trace: dict[int, list[tuple[list[int], dict[int, int], Tensor]]] = {block: [] for block in RATES}
-    model, prefix = build_vit(family), {"vit": 1, "deit": 2}[family]
+    model, prefix = build_vit(family), PREFIX[family]
     model.set_attn_implementation("eager")
     backbone = getattr(model, family)
     for image in pixel_values:
         hidden = backbone.embeddings(image[None])
         tokens: list[tuple[set[int], int | None]] = [({patch}, None) for patch in range(64)]
-        for index, block in enumerate(backbone.layers):
-            attended, weights = block.attention(block.layernorm_before(hidden), None)
-            hidden = hidden + attended
+        for index, (_, block) in enumerate(find_blocks(model)):
+            hidden, weights = naive_attend(block, hidden)
             if index in RATES:
                 importance = weights.mean(dim=1)[0, 0, prefix:]
                 count = int(RATES[index] * len(tokens) + 1e-9)
@@ -46,11 +46,11 @@ def naive_trace(family: str, pixel_values: Tensor) -> dict[int, list[tuple[list[
                 own = [patch for patches, home in tokens if home is None for patch in patches]
                 homes = {patch: home for patches, home in tokens if home is not None for patch in patches}
                 trace[index].append((own, homes, importance))
-            hidden = hidden + block.mlp(block.layernorm_after(hidden))
+            hidden = naive_transform(block, hidden)
     return trace
 
 
-@pytest.mark.parametrize("family", ["vit", "deit"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_record_is_that_of_a_naive_trace(family: str) -> None:
     expected, model = naive_trace(family, build_images(5)), reduced(family)
     with record_tokens(model) as record, torch.no_grad():

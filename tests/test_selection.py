@@ -339,5 +339,5 @@ def test_the_predicted_speedup_is_that_of_the_chosen_blocks(vit):
 
 @pytest.mark.parametrize("blocks, speedup", [((9, 10, 11), 1.08), ((3, 6, 9), 1.33), ((0, 1, 2), 1.78)])
 def test_the_speedups_of_the_design(blocks, speedup):
-    base = Geometry(tokens=196, prefix=1, hidden=768, intermediate=3072, blocks=12, patch_inputs=768, labels=1000)
+    base = Geometry(tokens=196, prefix=1, hidden=768, intermediate=3072, blocks=12, patch_inputs=768, head=768_000)
     assert predicted_speedup(base, dict.fromkeys(blocks, 0.8)) == pytest.approx(speedup, abs=0.01)

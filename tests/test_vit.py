@@ -1,4 +1,4 @@
-"""Token selection inside ViT and DeiT, against a block written out by hand."""
+"""Token selection inside the supported families, against a block written out by hand."""
 
 from __future__ import annotations
 
@@ -14,17 +14,32 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
-from transformers import DeiTForMaskedImageModeling, ViTForImageClassification, ViTForMaskedImageModeling, ViTModel
-from transformers.models.deit.modeling_deit import DeiTAttention, DeiTLayer
-from transformers.models.vit.modeling_vit import ViTAttention, ViTLayer
+from transformers import (
+    DeiTForMaskedImageModeling,
+    Dinov2Backbone,
+    Dinov2WithRegistersBackbone,
+    ViTForImageClassification,
+    ViTForMaskedImageModeling,
+    ViTModel,
+)
+from transformers.models.deit import modeling_deit
+from transformers.models.dinov2 import modeling_dinov2
+from transformers.models.dinov2_with_registers import modeling_dinov2_with_registers
+from transformers.models.vit import modeling_vit
 
-from conftest import LabelledImages, build_images, build_vit
+from conftest import FAMILIES, PREFIX, LabelledImages, build_images, build_vit, naive_attend, naive_transform
 from trpts_peft import TRPTSConfig, apply_token_selection, set_token_selection
 from trpts_peft.vit import keep_rates_in_force, token_selections
 
-FAMILIES = ("vit", "deit")
-PREFIX = {"vit": 1, "deit": 2}
-STOCK = {"vit": (ViTLayer, ViTAttention), "deit": (DeiTLayer, DeiTAttention)}
+STOCK = {
+    "vit": (modeling_vit.ViTLayer, modeling_vit.ViTAttention),
+    "deit": (modeling_deit.DeiTLayer, modeling_deit.DeiTAttention),
+    "dinov2": (modeling_dinov2.Dinov2Layer, modeling_dinov2.Dinov2Attention),
+    "dinov2_with_registers": (
+        modeling_dinov2_with_registers.Dinov2WithRegistersLayer,
+        modeling_dinov2_with_registers.Dinov2WithRegistersAttention,
+    ),
+}
 RATES = {0: 0.7, 2: 0.45}
 
 
@@ -43,7 +58,8 @@ def adapter(base: nn.Module | None = None, **options: Any) -> Any:
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
-    return next(m for n, m in model.named_modules() if n.endswith("layers") and isinstance(m, nn.ModuleList))
+    lists = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    return next(module for name, module in lists if name.endswith((".layers", ".layer")))
 
 
 @torch.no_grad()
@@ -70,13 +86,11 @@ def naive_features(model: Any, family: str, pixel_values: Tensor, rates: dict[in
     backbone = getattr(model, family)
     states = [backbone.embeddings(pixel_values)]
     for index, block in enumerate(blocks(model)):
-        hidden = states[-1]
-        attended, weights = block.attention(block.layernorm_before(hidden), None)
-        hidden = hidden + attended
+        hidden, weights = naive_attend(block, states[-1])
         if index in rates:
             importance = weights.mean(dim=1)[:, 0, PREFIX[family] :]
             hidden = naive_select(hidden, importance, rates[index], PREFIX[family])
-        states.append(hidden + block.mlp(block.layernorm_after(hidden)))
+        states.append(naive_transform(block, hidden))
     return states
 
 
@@ -109,8 +123,29 @@ def test_sdpa_and_eager_agree(family: str) -> None:
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
 
 
-def test_selection_changes_the_outputs() -> None:
-    assert not torch.allclose(predict(reduced()), predict(build_vit()), atol=1e-3)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_selection_changes_the_outputs(family: str) -> None:
+    assert not torch.allclose(predict(reduced(family)), predict(build_vit(family)), atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_parts_of_training_are_those_of_the_stock_block(family: str) -> None:
+    name = "drop_path_rate" if family.startswith("dinov2") else "hidden_dropout_prob"
+    logits = []
+    for rates in ({}, {1: 63 / 64}):  # at this rate nothing is merged, but the block's code is ours
+        model = reduced(family, rates, **{name: 0.5}).train()
+        torch.manual_seed(0)
+        logits.append(model(build_images()).logits)
+    assert torch.equal(*logits)
+    assert not torch.allclose(logits[0], predict(build_vit(family)), atol=1e-3)
+
+
+def test_a_gated_mlp() -> None:
+    options = {"use_swiglu_ffn": True}
+    states = naive_features(build_vit("dinov2", **options), "dinov2", build_images(), RATES)
+    model = reduced("dinov2", **options)
+    last = model.dinov2.layernorm(states[-1])
+    torch.testing.assert_close(model.dinov2(build_images()).last_hidden_state, last, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -216,10 +251,11 @@ def test_deepcopy_and_pickle(make: Any) -> None:
     assert torch.equal(predict(model), expected)
 
 
+@pytest.mark.parametrize("family", ["deit", "dinov2_with_registers"])
 @pytest.mark.parametrize("context", [nullcontext(), torch.device("cpu")], ids=["", "under a default device"])
-def test_compiles_in_one_graph(context: Any) -> None:
+def test_compiles_in_one_graph(family: str, context: Any) -> None:
     torch._dynamo.reset()
-    model = adapter(build_vit("deit", num_hidden_layers=2), token_layers=[0])
+    model = adapter(build_vit(family, num_hidden_layers=2), token_layers=[0])
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with context:
         torch.testing.assert_close(compiled(build_images()).logits, predict(model), rtol=1e-4, atol=1e-5)
@@ -289,14 +325,20 @@ def test_masks_are_cut_to_the_tokens_left(attention: str, mask: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "model_class"), [("vit", ViTForMaskedImageModeling), ("deit", DeiTForMaskedImageModeling)]
+    ("family", "model_class"),
+    [
+        ("vit", ViTForMaskedImageModeling),
+        ("deit", DeiTForMaskedImageModeling),
+        ("dinov2", Dinov2Backbone),
+        ("dinov2_with_registers", Dinov2WithRegistersBackbone),
+    ],
 )
-def test_masked_image_modeling_is_refused(family: str, model_class: type[nn.Module]) -> None:
+def test_models_that_need_every_patch_are_refused(family: str, model_class: type[nn.Module]) -> None:
     model = build_vit(family, model_class=model_class)
     classes = [type(m) for m in model.modules()]
-    with pytest.raises(ValueError, match="predicts every patch"):
+    with pytest.raises(ValueError, match="needs every patch"):
         apply_token_selection(model, {1: 0.5})
-    with pytest.raises(ValueError, match=r"`token_layers`.*predicts every patch"):
+    with pytest.raises(ValueError, match=r"`token_layers`.*needs every patch"):
         get_peft_model(model, TRPTSConfig(token_layers=[1]))
     assert [type(m) for m in model.modules()] == classes
 
@@ -384,7 +426,7 @@ def test_class_names_and_types_stay(family: str) -> None:
 
 
 def test_blocks_before_the_first_stay_stock() -> None:
-    classes = [type(block) is ViTLayer for block in blocks(reduced(rates={2: 0.5}))]
+    classes = [type(block) is modeling_vit.ViTLayer for block in blocks(reduced(rates={2: 0.5}))]
     assert classes == [True, True, False, False]
 
 
@@ -425,7 +467,7 @@ def test_deleting_restores_the_stock_blocks() -> None:
     model = adapter(token_layers=[0, 1])
     model.add_adapter("late", TRPTSConfig(token_layers=[2], keep_rate=0.5))
     model.delete_adapter("default")
-    assert [type(block) is ViTLayer for block in blocks(model)] == [True, True, False, False]
+    assert [type(block) is modeling_vit.ViTLayer for block in blocks(model)] == [True, True, False, False]
     assert keep_rates_in_force(model) == {2: 0.5}
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.methods import LINEARS
-from trpts_peft.families import Family, find_family
+from trpts_peft.families import find_family, num_prefix_tokens
 from trpts_peft.head import find_head
 from trpts_peft.methods import METHODS, Method
 
@@ -299,17 +299,16 @@ def build(name: str, base: PreTrainedModel, options: Mapping[str, Any] | None = 
 
 def _frozen(base: PreTrainedModel) -> PreTrainedModel:
     """The base with only its head training, to be saved under the names that its parameters have."""
-    _family(base)
+    _check_family(base)
     # Trainer saves a ViT under the names of older releases and looks for today's when it resumes: it would find none.
     base._weight_conversions = []
     return METHODS["linear"].apply(base, {})
 
 
-def _family(base: nn.Module) -> Family:
+def _check_family(base: nn.Module) -> None:
     family = find_family(base)
-    if family is None:
+    if family is None or family.model_type not in ("vit", "deit"):
         raise ValueError(f"`base` must be a ViT or DeiT of transformers, got {type(base).__name__}.")
-    return family
 
 
 def _named(kinds: Collection[str]) -> Callable[[str, nn.Module], bool]:
@@ -328,17 +327,18 @@ def _replaced(
 
 def _prompted(base: PreTrainedModel, num_prompts: int, deep: bool) -> nn.Module:
     _check_positive("num_prompts", num_prompts)
-    num_prefix_tokens, backbone = _family(base).num_prefix_tokens, _frozen(base).base_model
+    backbone = _frozen(base).base_model
+    prefix = num_prefix_tokens(base)
     projection = backbone.embeddings.patch_embeddings.projection.weight
     bound = math.sqrt(6 / (projection[0].numel() + len(projection)))  # Xavier's, for patches -> width
 
     def prompts() -> nn.Parameter:
         return nn.Parameter(projection.new_empty(num_prompts, len(projection)).uniform_(-bound, bound))
 
-    backbone.embeddings = PromptedEmbeddings(backbone.embeddings, prompts(), num_prefix_tokens)
+    backbone.embeddings = PromptedEmbeddings(backbone.embeddings, prompts(), prefix)
     for index, block in enumerate(backbone.layers):
         if deep and index > 0:
-            backbone.layers[index] = PromptedBlock(block, prompts(), num_prefix_tokens)
+            backbone.layers[index] = PromptedBlock(block, prompts(), prefix)
     return base
 
 

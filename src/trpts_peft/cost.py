@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -12,7 +12,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .families import find_blocks, find_family
+from .families import find_blocks, find_family, num_prefix_tokens
 from .functional import kept_tokens
 from .vit import keep_rates_in_force
 
@@ -21,6 +21,7 @@ __all__ = [
     "Geometry",
     "estimate_cost",
     "geometry_of",
+    "image_size_of",
     "macs",
     "patch_grid",
     "patch_size_of",
@@ -37,12 +38,12 @@ class Geometry:
 
     Attributes:
         tokens: patch tokens of one image.
-        prefix: tokens before them (CLS, distillation).
+        prefix: tokens before them (CLS, distillation, registers).
         hidden: width of a token.
-        intermediate: width inside the MLP.
+        intermediate: width inside the MLP; of a gated MLP, whose gate is a third product, one and a half times that.
         blocks: number of transformer blocks.
         patch_inputs: values in one patch (patch height x patch width x channels).
-        labels: outputs of the head's linears, 0 without a head.
+        head: weights of the head's linears, 0 without a head.
     """
 
     tokens: int
@@ -51,7 +52,7 @@ class Geometry:
     intermediate: int
     blocks: int
     patch_inputs: int
-    labels: int
+    head: int
 
 
 def tokens_per_block(geometry: Geometry, keep_rates: Mapping[int, float]) -> tuple[int, ...]:
@@ -90,7 +91,7 @@ def macs(geometry: Geometry, keep_rates: Mapping[int, float]) -> int:
     after = tokens_per_block(geometry, keep_rates)
     before = (geometry.tokens + geometry.prefix, *after)
     hidden = geometry.hidden
-    total = geometry.tokens * geometry.patch_inputs * hidden + hidden * geometry.labels
+    total = geometry.tokens * geometry.patch_inputs * hidden + geometry.head
     for entering, leaving in zip(before, after, strict=False):
         total += 4 * entering * hidden**2 + 2 * entering**2 * hidden
         total += 2 * leaving * hidden * geometry.intermediate
@@ -115,25 +116,29 @@ def geometry_of(model: nn.Module, image_size: ImageSize | None = None) -> Geomet
         ValueError: the model is not in the family table, or an image holds no patch.
     """
     base = _base_of(model)
-    family = find_family(base)
-    if family is None:
+    if find_family(base) is None:
         raise ValueError(
             f"`model` must be a ViT of a supported family, got {type(base).__name__}. "
-            "Costs are known for the models that token selection supports, such as ViT and DeiT."
+            "Costs are known for the models that token selection supports, such as ViT and DINOv2."
         )
     config = _config_of(base)
     rows, columns = patch_grid(base, image_size)
     patch = patch_size_of(base)
     adapters = _adapter_parameters(base)
-    heads = (p for p in _head_parameters(base) if id(p) not in adapters and p.ndim == 2)
+    blocks = find_blocks(base)
+    mlp = cast(nn.Module, blocks[0][1].mlp)
+    head, inner = (
+        _count(p for p in parameters if p.ndim == 2 and id(p) not in adapters)
+        for parameters in (_head_parameters(base), mlp.parameters())
+    )
     return Geometry(
         tokens=rows * columns,
-        prefix=family.num_prefix_tokens,
+        prefix=num_prefix_tokens(base),
         hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
-        blocks=len(find_blocks(base)),
+        intermediate=inner // (2 * config.hidden_size),
+        blocks=len(blocks),
         patch_inputs=patch[0] * patch[1] * config.num_channels,
-        labels=sum(weight.shape[0] for weight in heads),
+        head=head,
     )
 
 
@@ -142,10 +147,15 @@ def patch_size_of(model: nn.Module) -> tuple[int, int]:
     return _pair("patch_size", _config_of(_base_of(model)).patch_size)
 
 
+def image_size_of(model: nn.Module) -> tuple[int, int]:
+    """Height and width of the images that a supported ViT is configured for, in pixels."""
+    return _pair("image_size", _config_of(_base_of(model)).image_size)
+
+
 def patch_grid(model: nn.Module, image_size: ImageSize | None = None) -> tuple[int, int]:
     """Rows and columns of the patches that a supported ViT cuts an image into; arguments as for `geometry_of`."""
-    config, patch = _config_of(_base_of(model)), patch_size_of(model)
-    height, width = _pair("image_size", config.image_size if image_size is None else image_size)
+    patch = patch_size_of(model)
+    height, width = image_size_of(model) if image_size is None else _pair("image_size", image_size)
     if height < patch[0] or width < patch[1]:
         raise ValueError(
             f"`image_size` must hold at least one patch of {patch[0]} x {patch[1]} pixels, got {height} x {width}. "

@@ -7,13 +7,38 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.models.deit import modeling_deit
+from transformers.models.dinov2 import modeling_dinov2
+from transformers.models.dinov2_with_registers import modeling_dinov2_with_registers
 from transformers.models.vit import modeling_vit
 
-__all__ = ["FAMILIES", "Family", "block_index", "find_blocks", "find_family"]
+__all__ = ["FAMILIES", "Family", "block_index", "find_blocks", "find_family", "num_prefix_tokens"]
 
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
+_GATED_LINEARS = (*_LINEARS, "gate_proj", "up_proj", "down_proj")  # of the MLP of the largest DINOv2
+
+
+def _attend(block: Any, hidden_states: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
+    attended, _ = block.attention(block.layernorm_before(hidden_states), mask, **kwargs)
+    dropped: Tensor = block.dropout(attended)
+    return dropped + hidden_states
+
+
+def _transform(block: Any, hidden_states: Tensor) -> Tensor:
+    dropped: Tensor = block.dropout(block.mlp(block.layernorm_after(hidden_states)))
+    return hidden_states + dropped
+
+
+def _attend_scaled(block: Any, hidden_states: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
+    attended, _ = block.attention(block.norm1(hidden_states), mask, **kwargs)
+    dropped: Tensor = block.drop_path(block.layer_scale1(attended))
+    return dropped + hidden_states
+
+
+def _transform_scaled(block: Any, hidden_states: Tensor) -> Tensor:
+    dropped: Tensor = block.drop_path(block.layer_scale2(block.mlp(block.norm2(hidden_states))))
+    return dropped + hidden_states
 
 
 @dataclass(frozen=True)
@@ -22,21 +47,26 @@ class Family:
 
     Attributes:
         model_type: the `model_type` of the transformers config.
-        layer_class: the transformer block, with `attention`, `layernorm_before`, `layernorm_after`, `mlp`, `dropout`.
-        attention_class: the block's attention, with `q_proj`, `k_proj`, `v_proj`, `o_proj`, `scaling`, `head_dim`.
+        layer_class: the transformer block, with `attention` and `mlp`.
+        attention_class: the block's attention, with `q_proj`, `k_proj`, `v_proj`, `o_proj`, `scaling`, `head_dim` and
+            `config`.
         eager_attention: the attention function that the family falls back on.
-        num_prefix_tokens: leading tokens that are no image patch.
+        class_tokens: leading tokens that are neither image patches nor registers.
         target_modules: the linears trained by default.
         refused: model classes whose output needs every patch in its place.
+        attend: (block, hidden states, mask, **kwargs of the attention) -> what the block's MLP half starts from.
+        transform: (block, hidden states) -> what the block returns.
     """
 
     model_type: str
     layer_class: type[nn.Module]
     attention_class: type[nn.Module]
     eager_attention: Callable[..., Any]
-    num_prefix_tokens: int
+    class_tokens: int = 1
     target_modules: tuple[str, ...] = _LINEARS
     refused: tuple[type[nn.Module], ...] = ()
+    attend: Callable[..., Tensor] = _attend
+    transform: Callable[..., Tensor] = _transform
 
 
 FAMILIES = (
@@ -45,7 +75,6 @@ FAMILIES = (
         layer_class=modeling_vit.ViTLayer,
         attention_class=modeling_vit.ViTAttention,
         eager_attention=modeling_vit.eager_attention_forward,
-        num_prefix_tokens=1,
         refused=(modeling_vit.ViTForMaskedImageModeling,),
     ),
     Family(
@@ -53,8 +82,28 @@ FAMILIES = (
         layer_class=modeling_deit.DeiTLayer,
         attention_class=modeling_deit.DeiTAttention,
         eager_attention=modeling_deit.eager_attention_forward,
-        num_prefix_tokens=2,
+        class_tokens=2,
         refused=(modeling_deit.DeiTForMaskedImageModeling,),
+    ),
+    Family(
+        model_type="dinov2",
+        layer_class=modeling_dinov2.Dinov2Layer,
+        attention_class=modeling_dinov2.Dinov2Attention,
+        eager_attention=modeling_dinov2.eager_attention_forward,
+        target_modules=_GATED_LINEARS,
+        refused=(modeling_dinov2.Dinov2Backbone,),
+        attend=_attend_scaled,
+        transform=_transform_scaled,
+    ),
+    Family(
+        model_type="dinov2_with_registers",
+        layer_class=modeling_dinov2_with_registers.Dinov2WithRegistersLayer,
+        attention_class=modeling_dinov2_with_registers.Dinov2WithRegistersAttention,
+        eager_attention=modeling_dinov2_with_registers.eager_attention_forward,
+        target_modules=_GATED_LINEARS,
+        refused=(modeling_dinov2_with_registers.Dinov2WithRegistersBackbone,),
+        attend=_attend_scaled,
+        transform=_transform_scaled,
     ),
 )
 
@@ -80,3 +129,12 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     if family is None:
         return []
     return [(name, module) for name, module in model.named_modules() if isinstance(module, family.layer_class)]
+
+
+def num_prefix_tokens(model: nn.Module) -> int:
+    """Leading tokens of a supported ViT that are no image patch: its class tokens, and the registers behind them."""
+    family = find_family(model)
+    assert family is not None
+    block: Any = find_blocks(model)[0][1]
+    registers: int = getattr(block.attention.config, "num_register_tokens", 0)
+    return family.class_tokens + registers

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForImageClassification
 
 from .checkpoint import unpack_columns
 from .config import TRPTSConfig
-from .cost import geometry_of, macs
+from .cost import geometry_of, image_size_of, macs
 from .families import block_index, find_family
 from .folders import first_line
 from .selection import Selection, unit_of, unit_order
@@ -169,8 +169,8 @@ def describe_file(folder: Path) -> dict[str, Any]:
         `base_model`, `base_fingerprint` (a digest of the sampled weights of the base that the file holds),
         `calibrated`, `keep_rate`, `token_layers`, `blocks` (a list of: unit, importance, connections, weights, biases,
         keep_rate), `trainable` (weights, biases, modules_to_save), `bytes` (file, per_weight), and `cost` (macs,
-        dense_macs, speedup of one image, base_parameters, trainable_percent with modules_to_save), or in its place
-        `cost_unknown`, the reason.
+        dense_macs, speedup of one image of image_size, which is the base's own, base_parameters, trainable_percent with
+        modules_to_save), or in its place `cost_unknown`, the reason.
 
     Raises:
         ValueError: the file is damaged, or not of TR-PTS.
@@ -248,6 +248,7 @@ def _cost(folder: Path, config: TRPTSConfig, trainable: int) -> dict[str, Any]:
             "macs": reduced,
             "dense_macs": dense,
             "speedup": dense / reduced,
+            "image_size": list(image_size_of(base)),
             "base_parameters": total,
             "trainable_percent": 100 * trainable / total,
         }
@@ -281,6 +282,7 @@ def _facts(description: Mapping[str, Any]) -> list[str]:
     if cost is None:
         facts.append(("cost", f"unknown: {description['cost_unknown']}"))
     else:
-        per_image = f"{cost['macs']:,} MACs an image, predicted speed-up {cost['speedup']:.3f}"
+        height, width = cost["image_size"]
+        per_image = f"{cost['macs']:,} MACs an image of {height} x {width}, predicted speed-up {cost['speedup']:.3f}"
         facts.append(("cost", f"{per_image}; {cost['trainable_percent']:.3f} % of the base model trained"))
     return [f"{name:<13} {text}" for name, text in facts]

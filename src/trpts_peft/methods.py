@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from .config import TRPTSConfig
-from .families import find_family
+from .families import FAMILIES, find_family
 from .head import find_head
 
 __all__ = ["METHODS", "Method"]
@@ -33,7 +33,8 @@ class Method:
 
 def _trpts(base: nn.Module, options: dict[str, Any]) -> nn.Module:
     if find_family(base) is None:
-        raise ValueError(f"`method` must be another than 'trpts' for {type(base).__name__}: it knows ViT and DeiT.")
+        known = ", ".join(family.model_type for family in FAMILIES)
+        raise ValueError(f"`method` must be another than 'trpts' for {type(base).__name__}: it knows {known}.")
     return get_peft_model(base, TRPTSConfig(modules_to_save=[_head_of(base)], **options))
 
 

@@ -69,16 +69,17 @@ def write_report(
         What results.json holds.
     """
     selects = isinstance(model, PeftModel) and settings["method"] == "trpts"
+    pixels = torch.stack(with_pixel_values(data.test, processor)[:_TIMED_IMAGES]["pixel_values"])
     results: dict[str, Any] = {
         "settings": dict(settings),
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "data": data.describe(),
         "preprocessing": json.loads(processor.to_json_string()),
         **{name: metrics[name] for name in ("accuracy", "accuracy_per_class", "loss")},
-        "parameters": _parameters(model),
+        "parameters": _parameters(model, pixels),
         "bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         "seconds": dict(seconds),
-        "speed": _speed(model, data, processor),
+        "speed": _speed(model, pixels),
         **(_about_selection(read_selection(folder)) if selects else {}),
         "figures": draw_figures(output / "figures", model, processor, data, folder) if selects else [],
     }
@@ -112,11 +113,11 @@ def summary(results: Mapping[str, Any], output: Path) -> str:
 # ---- figures and numbers ----
 
 
-def _parameters(model: nn.Module) -> dict[str, float]:
+def _parameters(model: nn.Module, pixels: Tensor) -> dict[str, float]:
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     if find_family(model) is None:
         return {"trainable": trainable}
-    cost = estimate_cost(model)
+    cost = estimate_cost(model, _size(pixels))
     return {
         "total": cost.total_parameters,
         "trainable": cost.trainable_parameters,
@@ -128,14 +129,16 @@ def _parameters(model: nn.Module) -> dict[str, float]:
     }
 
 
-def _speed(model: nn.Module, data: ImageData, processor: Any) -> dict[str, float] | None:
+def _speed(model: nn.Module, pixels: Tensor) -> dict[str, float] | None:
     """Speed-up of inference by token selection: predicted from multiply-accumulates, and measured; None without any."""
     if not keep_rates_in_force(model):
         return None
-    count = min(_TIMED_IMAGES, len(data.test))
-    pixels = torch.stack(with_pixel_values(data.test, processor)[:count]["pixel_values"])
-    size = (pixels.shape[2], pixels.shape[3])
-    return {"predicted": estimate_cost(model, size).speedup, "measured": measured_speedup(model, pixels)}
+    return {"predicted": estimate_cost(model, _size(pixels)).speedup, "measured": measured_speedup(model, pixels)}
+
+
+def _size(pixels: Tensor) -> tuple[int, int]:
+    """Height and width of the images as the model gets them, which need not be those that its config names."""
+    return pixels.shape[2], pixels.shape[3]
 
 
 def measured_speedup(model: nn.Module, pixel_values: Tensor) -> float:

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .families import FAMILIES, Family, find_blocks, find_family
+from .families import FAMILIES, Family, find_blocks, find_family, num_prefix_tokens
 from .functional import cls_attention, select_and_merge
 from .tuner_layer import TRPTSLayer
 
@@ -182,11 +182,7 @@ class AdapterTokenSelection(TokenSelection, TRPTSLayer):
 class _SelectingLayer(nn.Module):
     """A block that may select tokens, or that stands behind one that does. Mixed into the family's own class."""
 
-    attention: nn.Module
-    layernorm_before: nn.Module
-    layernorm_after: nn.Module
-    mlp: nn.Module
-    dropout: nn.Module
+    family: Family
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         mask = _fit_mask(attention_mask, hidden_states.shape[1])
@@ -196,10 +192,9 @@ class _SelectingLayer(nn.Module):
             return stock
         _refuse_padding(mask)
         sink: list[Tensor] = []
-        attended, _ = self.attention(self.layernorm_before(hidden_states), mask, importance_sink=sink, **kwargs)
-        hidden_states, _ = selection(self.dropout(attended) + hidden_states, sink[0])
-        refined: Tensor = hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
-        return refined
+        attended = self.family.attend(self, hidden_states, mask, importance_sink=sink, **kwargs)
+        refined, _ = selection(attended, sink[0][:, selection.num_prefix_tokens :])
+        return self.family.transform(self, refined)
 
 
 class _SelectingAttention(nn.Module):
@@ -224,7 +219,7 @@ class _SelectingAttention(nn.Module):
             for project in (module.q_proj, module.k_proj, module.v_proj)
         )
         # The fused attention does not give its weights away; one row of them is cheap to compute again.
-        importance_sink.append(cls_attention(query, key, module.scaling, self.family.num_prefix_tokens))
+        importance_sink.append(cls_attention(query, key, module.scaling, num_prefix_tokens=0))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, self.family.eager_attention)
         dropout = module.attention_dropout if self.training else 0.0
         attended, weights = attend(
@@ -302,7 +297,7 @@ def check_token_layers(
     for module in model.modules():
         if isinstance(module, family.refused):
             raise ValueError(
-                f"`{argument}` must be 0 for {type(module).__name__}, which predicts every patch, got "
+                f"`{argument}` must be 0 for {type(module).__name__}, which needs every patch, got "
                 f"{indices if received is None else received}."
             )
     blocks = len(find_blocks(model))
@@ -336,9 +331,9 @@ def _adapter_selections(model: nn.Module) -> Iterator[tuple[nn.Module, AdapterTo
             yield block, selection
 
 
-def _new_selection(model: nn.Module, num_prefix_tokens: int) -> AdapterTokenSelection:
+def _new_selection(model: nn.Module) -> AdapterTokenSelection:
     """A token selection that knows the adapters of the model, all with no rate, and which of them is in force."""
-    selection = AdapterTokenSelection(num_prefix_tokens, _blocks_of(model))
+    selection = AdapterTokenSelection(num_prefix_tokens(model), _blocks_of(model))
     for module in model.modules():
         if isinstance(module, AdapterTokenSelection):
             selection.enabled = module.enabled
@@ -357,12 +352,9 @@ def install_keep_rates(model: nn.Module, adapter_name: str, rates: Mapping[int, 
         adapter_name: the adapter.
         rates: {block index: keep rate}; checked before, by `check_token_layers`.
     """
-    family = find_family(model)
-    if family is None:
-        return
     for index, (_, block) in enumerate(find_blocks(model)):
         if index in rates and getattr(block, _CHILD, None) is None:
-            setattr(block, _CHILD, _new_selection(model, family.num_prefix_tokens))
+            setattr(block, _CHILD, _new_selection(model))
         selection = getattr(block, _CHILD, None)
         if isinstance(selection, AdapterTokenSelection):
             selection.set_rate(adapter_name, rates.get(index))
@@ -444,13 +436,11 @@ def apply_token_selection(model: nn.Module, keep_rates: Mapping[int, float] | No
             f"`keep_rates` must be given for a model whose config has no `{_CONFIG_KEY}`: pass {{block index: rate}}."
         )
     rates = _checked_rates(model, keep_rates)
-    family = find_family(model)
-    assert family is not None
     for index, (_, block) in enumerate(find_blocks(model)):
         if getattr(block, _CHILD, None) is not None:
             delattr(block, _CHILD)
         if index in rates:
-            setattr(block, _CHILD, TokenSelection(family.num_prefix_tokens, rates[index]))
+            setattr(block, _CHILD, TokenSelection(num_prefix_tokens(model), rates[index]))
     _refresh_classes(_blocks_of(model))
     _write_rates(config, rates)
 

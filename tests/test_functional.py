@@ -93,7 +93,10 @@ def test_one_token_with_a_gradient_needs_no_gradient_of_each_sample(monkeypatch)
     torch.testing.assert_close(TF.squared_gradient_sum(x, g), per_sample_squares(x, g), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("shapes", [((3, 5, 4), (3, 4, 6)), ((2, 5, 4), (3, 5, 6)), ((5, 4), (5, 6))])
+@pytest.mark.parametrize(
+    "shapes",
+    [((3, 5, 4), (3, 4, 6)), ((2, 5, 4), (3, 5, 6)), ((5, 4), (5, 6)), ((3, 5), (3, 5, 6)), ((3, 5, 4), (3, 5))],
+)
 def test_squared_gradient_sum_refuses_shapes_that_do_not_match(shapes):
     with pytest.raises(ValueError, match=r"`inputs` and `grad_outputs` must be .* got \("):
         TF.squared_gradient_sum(torch.zeros(shapes[0]), torch.zeros(shapes[1]))
@@ -136,6 +139,18 @@ def test_top_counts_tell_neighboring_floats_apart():
     x = torch.tensor(1e-30)
     scores = {"a": x.view(1, 1), "b": torch.nextafter(x, torch.tensor(1.0)).view(1, 1)}
     assert TF.top_counts(scores, {"a": "a", "b": "b"}, 50) == {"a": 0, "b": 1}
+
+
+def test_top_counts_of_a_threshold_with_a_digit_of_ones():
+    bits = torch.tensor([[0x3FF0FFFF00020000, 0x3FF0FFFF00010000, 0x3FF0FFFF00000000, 0x3FF0000000000000]])
+    scores = {"a": bits[:, ::2].contiguous().view(torch.float64), "b": bits[:, 1::2].contiguous().view(torch.float64)}
+    assert TF.top_counts(scores, {"a": "a", "b": "b"}, 50) == {"a": 1, "b": 1}
+
+
+def test_top_counts_are_exact_beyond_what_a_float_can_count():
+    scores = {"many": torch.ones(1, 2**24), **{name: torch.ones(1, 1) for name in "abcdefgh"}}
+    counts = TF.top_counts(scores, {name: name for name in scores}, 100 * (2**24 + 4) / (2**24 + 8))
+    assert counts == {"many": 2**24, **dict.fromkeys("abcd", 1), **dict.fromkeys("efgh", 0)}
 
 
 @pytest.mark.parametrize("top_percent, size", [(1e-9, 1), (1, 1), (14, 1), (15, 2), (24, 2), (25, 3), (100, 10)])

@@ -109,6 +109,28 @@ def test_two_active_adapters_on_the_same_columns_add_up_and_train_both():
     assert torch.equal(layer.trpts_bias["a"].grad, layer.trpts_bias["b"].grad)
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("inputs_in_use", [2, INPUTS], ids=["used columns kept", "all of the input kept"])
+def test_each_of_two_active_adapters_gets_the_gradient_of_its_entries(inputs_in_use, hooked):
+    layer, x = make("a", "b"), inputs()
+    for name, first in (("a", 0), ("b", INPUTS - inputs_in_use)):
+        columns = first + random_columns(2, inputs_in_use)
+        layer.replace_columns(name, columns, torch.randn(ROWS, 2))
+        layer.trpts_values[name].requires_grad_(True)
+    layer.set_adapter(["a", "b"])
+    if hooked:
+        layer.base_layer.register_forward_hook(lambda *_: None)
+    dense = (layer.base_layer.weight + layer.get_delta_weight("a") + layer.get_delta_weight("b")).detach()
+    bias = (layer.base_layer.bias + layer.trpts_bias["a"] + layer.trpts_bias["b"]).detach()
+    y = layer(x)
+    torch.testing.assert_close(y, F.linear(x, dense, bias), rtol=1e-5, atol=1e-5)
+    y.square().sum().backward()
+    F.linear(x, dense.requires_grad_(), bias).square().sum().backward()
+    for name in ("a", "b"):
+        expected = dense.grad.gather(1, layer.trpts_columns[name])
+        torch.testing.assert_close(layer.trpts_values[name].grad, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_adapters_with_different_counts_add_up():
     layer, x = make("a", "b"), inputs()
     layer.replace_columns("b", random_columns(1), torch.randn(ROWS, 1))
@@ -188,17 +210,15 @@ def test_autocast_gives_the_output_of_the_merged_layer():
         assert torch.equal(layer(x), y)
 
 
-def test_hooks_on_the_base_layer_fire_and_outputs_stay():
+@pytest.mark.parametrize("kind", ["forward_pre", "forward", "full_backward_pre", "full_backward"])
+def test_a_hook_on_the_base_layer_fires_and_outputs_stay(kind):
     layer, x, calls = make(), inputs().requires_grad_(), []
     expected = layer(x)
     expected_grads = torch.autograd.grad(expected.square().sum(), [x, layer.trpts_values["a"], layer.trpts_bias["a"]])
-    base = layer.base_layer
-    base.register_forward_pre_hook(lambda *_: calls.append("pre"))
-    base.register_forward_hook(lambda *_: calls.append("forward"))
-    base.register_full_backward_hook(lambda *_: calls.append("backward"))
+    getattr(layer.base_layer, f"register_{kind}_hook")(lambda *_: calls.append(kind))
     y = layer(x)
     grads = torch.autograd.grad(y.square().sum(), [x, layer.trpts_values["a"], layer.trpts_bias["a"]])
-    assert calls == ["pre", "forward", "backward"]
+    assert calls == [kind]
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     for grad, other in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-4)

@@ -230,17 +230,27 @@ def test_backward_keeps_the_input_itself_where_most_of_it_is_used():
 @each_path
 @pytest.mark.parametrize("tokens", [[], [0], [1, 3], [4]])
 def test_tokens_without_a_gradient_are_left_out(path, tokens, monkeypatch):
-    x, weight, bias, columns, values = case(path=path)
+    x, weight, bias, columns, values = case(shape=(3, 5, INPUTS), path=path)
     rows, product = [], torch.Tensor.__matmul__
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: rows.append(a.shape[0]) or product(a, b))
     y, reference = sparse(x, weight, bias, columns, values), dense(x, weight, bias, columns, values)
     rows.clear()
     grad = torch.zeros_like(y)
-    grad[:, tokens] = torch.randn(2, len(tokens), ROWS)
+    grad[:, tokens] = torch.randn(3, len(tokens), ROWS)
     results = torch.autograd.grad(y, [x, bias, values], grad)
-    assert rows[0] == (10 if tokens == [4] else 2 * len(tokens))  # only a zero gradient of the last makes it look
+    assert rows[0] == (15 if tokens == [4] else 3 * len(tokens))  # only a zero gradient of the last makes it look
     for result, expected in zip(results, torch.autograd.grad(reference, [x, bias, values], grad), strict=True):
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_update_that_does_not_train_passes_the_gradient_on():
+    x, weight, bias, columns, values = case()
+    values, bias = values.detach(), bias.detach()
+    grad = torch.zeros(2, 5, ROWS)
+    grad[:, 0] = torch.randn(2, ROWS)  # the last token has none, so that rows are left out
+    (result,) = torch.autograd.grad(sparse(x, weight, bias, columns, values), x, grad)
+    (expected,) = torch.autograd.grad(dense(x, weight, bias, columns, values), x, grad)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_device_that_would_have_to_wait_is_not_asked(monkeypatch):

@@ -135,11 +135,40 @@ def _only_head(tensors: Tensors) -> None:
         del tensors[key]
 
 
+def _cast(key: str, dtype: torch.dtype, factor: float = 1.0) -> Callable[[Tensors], None]:
+    def damage(tensors: Tensors) -> None:
+        tensors[key] = tensors[key].to(dtype) * factor if factor != 1 else tensors[key].to(dtype)
+
+    return damage
+
+
+def _add(key: str, *shape: int) -> Callable[[Tensors], None]:
+    return lambda tensors: tensors.update({f"base_model.model.{key}": torch.full(shape, 9.0)})
+
+
+HEAD = "base_model.model.classifier.weight"
+# What transformers' loader cannot tell from a good file: it casts tensors, and knows no adapters' names.
+CAST: dict[str, Callable[[Tensors], None]] = {
+    "columns as floats": lambda t: t.update({f"{LINEAR}.trpts_columns": t[f"{LINEAR}.trpts_columns"].float()}),
+    "values of eight bits": _cast(f"{LINEAR}.trpts_values", torch.float8_e4m3fn),
+    "head of eight bits": _cast(HEAD, torch.float8_e4m3fn),
+    "head of truth values": _cast(HEAD, torch.bool),
+    "keep rate not whole": _cast(TOKENS, torch.float64),
+    "keep rate infinite": lambda t: t.update({TOKENS: torch.tensor(float("inf"))}),
+    "keep rates instead of one": lambda t: t.update({TOKENS: t[TOKENS].expand(2).contiguous()}),
+    "tensor of the base": _add("vit.layernorm.weight", 32),
+    "base weight of a linear": _add(f"{LINEAR}.base_layer.weight".removeprefix("base_model.model."), 64, 32),
+    "base model's own head": _add("classifier.original_module.weight", 3, 32),
+}
+OF_ANOTHER: dict[str, Callable[[Tensors], None]] = {
+    "values of another adapter": _add(f"{LINEAR}.trpts_values.default".removeprefix("base_model.model."), 64, 2),
+    "head of another adapter": _add("classifier.modules_to_save.default.weight", 3, 32),
+}
 DAMAGES: dict[str, Callable[[Tensors], None]] = {
+    **CAST,
     "column out of range": _columns(lambda columns: columns[3].copy_(torch.tensor([4, 32]))),
     "columns descending": _columns(lambda columns: columns[3].copy_(torch.tensor([4, 2]))),
     "column twice": _columns(lambda columns: columns[3].fill_(4)),
-    "columns as floats": lambda t: t.update({f"{LINEAR}.trpts_columns": t[f"{LINEAR}.trpts_columns"].float()}),
     "columns missing": _drop(f"{LINEAR}.trpts_columns"),
     "values missing": _drop(f"{LINEAR}.trpts_values"),
     "bias missing": _drop(f"{LINEAR}.trpts_bias"),
@@ -155,8 +184,10 @@ DAMAGES: dict[str, Callable[[Tensors], None]] = {
     "other keep rate": _other_rate,
     "other base": _fill(f"{LINEAR}.trpts_fingerprint", 9.0),
     "only the head": _only_head,
-    "head too short": _cut("base_model.model.classifier.weight"),
-    "head not a number": _fill("base_model.model.classifier.weight", float("nan")),
+    "head too short": _cut(HEAD),
+    "head not a number": _fill(HEAD, float("nan")),
+    "values too large for float32": _cast(f"{LINEAR}.trpts_values", torch.float64, 1e300),
+    "head too large for float32": _cast(HEAD, torch.float64, 1e300),
 }
 
 
@@ -272,12 +303,12 @@ def test_low_memory_loading_refuses(saved: Path, tmp_path: Path, damage: str, pi
     assert_same(before, snapshot(base))
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", [*DAMAGES, *OF_ANOTHER])
 def test_second_adapter_is_refused(saved: Path, tmp_path: Path, logits: Tensor, damage: str) -> None:
     model = adapted()
     before = snapshot(model)
     with pytest.raises(ValueError):
-        model.load_adapter(damaged(saved, tmp_path, DAMAGES[damage]), "second")
+        model.load_adapter(damaged(saved, tmp_path, (DAMAGES | OF_ANOTHER)[damage]), "second")
     assert_same(before, snapshot(model))
     assert model.active_adapters == ["default"]
     model.load_adapter(saved, "second")
@@ -336,11 +367,10 @@ def test_uncalibrated_adapter_survives_a_refused_resume(saved: Path) -> None:
 
 def _drop_head(tensors: Tensors) -> None:
     """Through PEFT's own loader this is a KeyError of PEFT's, raised before any hook of ours."""
-    del tensors["base_model.model.classifier.weight"]
+    del tensors[HEAD]
 
 
-# Whole numbers stored as floats come out of transformers' loader as whole numbers.
-UNCAST = {name: damage for name, damage in DAMAGES.items() if name != "columns as floats"}
+UNCAST = {name: damage for name, damage in DAMAGES.items() if name not in CAST}
 UNCAST["head missing"] = _drop_head
 
 
@@ -391,6 +421,35 @@ def test_transformers_loader_refuses_another_base(saved: Path) -> None:
     other.load_adapter(str(saved))
     with pytest.raises(ValueError, match="base"):
         predict(other)
+
+
+@pytest.mark.parametrize("change", ["a linear less", "a linear more"])
+@pytest.mark.parametrize("loader", ["PeftModel", "transformers"])
+def test_connections_of_other_linears_are_refused(saved: Path, tmp_path: Path, loader: str, change: str) -> None:
+    path = damaged(saved, tmp_path, lambda _tensors: None)
+    config = json.loads((path / "adapter_config.json").read_text())
+    if change == "a linear less":
+        config["exclude_modules"] = ["fc1"]
+    else:
+        config["connections"]["vit.layers.9.mlp.fc1"] = 2
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    base = build_vit()
+    before = snapshot(base)
+    with pytest.raises(ValueError, match="`connections` must be of exactly the adapted linears"):
+        if loader == "PeftModel":
+            PeftModel.from_pretrained(base, path)
+        base.load_adapter(str(path))
+        predict(base)
+    assert_same(before, snapshot(base))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_head_is_loaded_in_the_dtype_of_the_models(saved: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    path = damaged(saved, tmp_path, _cast(HEAD, dtype))
+    for low_cpu_mem_usage in (False, True):
+        model = PeftModel.from_pretrained(build_vit(), path, low_cpu_mem_usage=low_cpu_mem_usage)
+        assert model.base_model.model.classifier.modules_to_save["default"].weight.dtype == torch.float32
+        predict(model)
 
 
 # ---- another base ----

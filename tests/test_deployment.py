@@ -46,6 +46,15 @@ def adapter(folder: Path, *, own_config: bool = True, **options: Any) -> PeftMod
 SELECTING = {"keep_rate": 0.5, "token_layers": [1, 2]}
 
 
+@pytest.mark.parametrize("option", [{"exclude_modules": "("}, {"task_type": "CAUSAL_LM"}, {"modules_to_save": ["mlp"]}])
+def test_a_config_that_does_not_fit_is_refused(tmp_path: Path, option: dict[str, Any]) -> None:
+    adapter(tmp_path)
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **option}))
+    with pytest.raises(ValueError, match="`adapter` must fit its base model"):
+        load_adapted(tmp_path / "adapter")
+
+
 @pytest.mark.parametrize("own_config", [True, False])
 def test_it_predicts_as_it_was_saved(tmp_path: Path, own_config: bool) -> None:
     model = adapter(tmp_path, own_config=own_config, **SELECTING)

@@ -341,6 +341,22 @@ def test_scores_are_saved_and_loaded_in_their_order(tmp_path):
     assert all(torch.equal(loaded[name], scores[name]) for name in scores)
 
 
+@pytest.mark.parametrize(
+    "metadata", [{"order": order} for order in ("null", "1", "[1]", '["a", "a"]', '["b"]', "[" * 100_000)] + [{}]
+)
+def test_scores_in_no_order_are_refused(tmp_path, metadata):
+    save_file({"a": torch.zeros(1)}, tmp_path / "scores.safetensors", metadata={"num_samples": "1", **metadata})
+    with pytest.raises(ValueError, match="`path` must be a file written by"):
+        FisherScores.load(tmp_path / "scores.safetensors")
+
+
+def test_scores_that_are_no_floats_are_refused(tmp_path):
+    metadata = {"num_samples": "1", "order": '["a"]'}
+    save_file({"a": torch.zeros(1, dtype=torch.int64)}, tmp_path / "scores.safetensors", metadata=metadata)
+    with pytest.raises(ValueError, match="`path` must be a file written by"):
+        FisherScores.load(tmp_path / "scores.safetensors")
+
+
 def test_a_file_of_something_else_is_refused(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"`path` must be a file written by `FisherScores\.save`, got .*other"):

@@ -120,6 +120,13 @@ def test_a_base_outside_the_table_of_families(saved: Any, tmp_path: Path) -> Non
     assert "outside the table of families" in describe_file(folder)["cost_unknown"]
 
 
+def test_a_base_whose_config_cannot_be_used(saved: Any) -> None:
+    _, _, folder = saved
+    config = json.loads((folder.parent / "base" / "config.json").read_text())
+    (folder.parent / "base" / "config.json").write_text(json.dumps({**config, "hidden_act": "none such"}))
+    assert "cannot be read (" in describe_file(folder)["cost_unknown"]
+
+
 def truncated(folder: Path) -> None:
     file = folder / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:100])
@@ -133,6 +140,16 @@ def no_json(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{")
 
 
+def too_deep(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("[" * 100_000 + "]" * 100_000)
+
+
+def other_units(folder: Path) -> None:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["unit_importance"] = {"x" * 20_000: 0.5}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
 def no_file(folder: Path) -> None:
     (folder / "adapter_model.safetensors").unlink()
 
@@ -143,6 +160,8 @@ def no_file(folder: Path) -> None:
         (truncated, "`adapter` must be a whole safetensors file"),
         (other_method, "`adapter` must be of TR-PTS, got one of 'LORA'"),
         (no_json, "`adapter` must have a readable adapter_config.json"),
+        (too_deep, "`adapter` must have a readable adapter_config.json"),
+        (other_units, "`adapter` must name units of its linears in `unit_importance`, got 1 other"),
         (no_file, "got .* without adapter_model.safetensors"),
     ],
 )
@@ -155,6 +174,7 @@ def test_what_is_no_adapter_is_refused(saved: Any, damage: Any, message: str) ->
 
 COLUMNS = "base_model.model.vit.layers.1.mlp.fc1.trpts_columns"
 VALUES = COLUMNS.replace("columns", "values")
+HEAD = "base_model.model.classifier.weight"
 
 
 @pytest.mark.parametrize(
@@ -167,6 +187,9 @@ VALUES = COLUMNS.replace("columns", "values")
         ({VALUES: lambda t: t * float("nan")}, "finite values of vit.layers.1.mlp.fc1"),
         ({COLUMNS: None, VALUES: None}, "the linears that its config names"),
         ({VALUES: None}, r"columns and values \(out_features, C\)"),
+        ({VALUES: lambda t: t.to(torch.float8_e4m3fn)}, "finite values of vit.layers.1.mlp.fc1"),
+        ({COLUMNS: lambda t: t[:, :0], VALUES: lambda t: t[:, :0]}, "entries in each tensor, got none in vit.layers.1"),
+        ({HEAD: lambda t: t.new_empty(10**9, 0)}, "entries in each tensor, got none in classifier.weight"),
     ],
 )
 def test_tensors_that_are_no_adapters_are_refused(saved: Any, changes: Any, message: str) -> None:

@@ -100,6 +100,10 @@ def test_linears_as_units_are_marked_by_their_block() -> None:
     assert [line.get_xydata()[0][0] for line in ax.lines] == [0, 1]
 
 
+def test_a_dollar_sign_in_a_name_is_no_formula() -> None:
+    draw(plot_layer_importance(selection({r"$\frac{$": 1.0})).figure)
+
+
 def test_several_selections_stand_side_by_side() -> None:
     sources = {"one": selection(blocks(0.75, 0.25), (0,)), "two": selection(blocks(0.5, 0.3, 0.2), (2,))}
     ax = plot_layer_importance(sources)

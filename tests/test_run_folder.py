@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from trpts_peft.run_folder import check_output, last_checkpoint, read_json, write_json
 
@@ -22,7 +24,7 @@ def test_nan_is_no_json(tmp_path: Path) -> None:
         write_json(tmp_path / "a.json", {"loss": float("nan")})
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", "1"])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", "1", "[" * 100_000])
 def test_a_file_that_is_not_whole_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "settings.json").write_text(text)
     with pytest.raises(ValueError, match=r"`output` must hold a whole settings.json, got .*: delete it"):
@@ -35,17 +37,35 @@ def test_a_draft_is_no_run(tmp_path: Path) -> None:
     check_output(tmp_path, {"resume": False})
 
 
-CHECKPOINT = {"trainer_state.json": "{}", "optimizer.pt": "", "scheduler.pt": "", "adapter_model.safetensors": ""}
+def write_checkpoint(folder: Path, step: int) -> Path:
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir()
+    write_json(checkpoint / "trainer_state.json", {"global_step": step})
+    for name in ("optimizer.pt", "scheduler.pt"):
+        torch.save({"state": torch.zeros(9)}, checkpoint / name)
+    save_file({"a": torch.zeros(9)}, checkpoint / "adapter_model.safetensors")
+    return checkpoint
 
 
-def test_the_last_checkpoint_is_the_last_whole_one(tmp_path: Path) -> None:
+FILES = ["trainer_state.json", "optimizer.pt", "scheduler.pt", "adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut off"])
+def test_the_last_checkpoint_is_the_last_whole_one(tmp_path: Path, name: str, damage: str) -> None:
     assert last_checkpoint(tmp_path) is None
-    for step, changes in enumerate(
-        [{}, {}, {"trainer_state.json": '{"half'}, *({name: None} for name in CHECKPOINT)], 9
-    ):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        for name, content in {**CHECKPOINT, **changes}.items():
-            if content is not None:
-                (tmp_path / f"checkpoint-{step}" / name).write_text(content)
+    write_checkpoint(tmp_path, 9)
+    whole, broken = write_checkpoint(tmp_path, 10), write_checkpoint(tmp_path, 11) / name
     (tmp_path / "checkpoint-best").mkdir()
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert last_checkpoint(tmp_path) == broken.parent
+    if damage == "missing":
+        broken.unlink()
+    else:
+        broken.write_bytes(b"" if damage == "empty" else broken.read_bytes()[:-5])
+    assert last_checkpoint(tmp_path) == whole
+
+
+@pytest.mark.parametrize("state", ["[]", "1", '{"global_step": -5}', '{"global_step": 10}'])
+def test_a_checkpoint_of_another_step_is_none(tmp_path: Path, state: str) -> None:
+    (write_checkpoint(tmp_path, 11) / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) is None

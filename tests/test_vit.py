@@ -353,6 +353,8 @@ def test_models_that_need_every_patch_are_refused(family: str, model_class: type
         ({1: "0.5"}, "(0, 1]"),
         ({-1: 0.5}, "block index"),
         ({"x": 0.5}, "block index"),
+        ({"²": 0.5}, "block index"),
+        ([0.5], "block index"),
         ({4: 0.5}, "below 4"),
         (None, "`keep_rates` must be given"),
     ],

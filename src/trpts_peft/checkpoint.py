@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from peft.utils import ModulesToSaveWrapper
@@ -12,11 +12,14 @@ from .config import TRPTSConfig
 from .layer import TRPTSLinear
 from .vit import AdapterTokenSelection, in_millionths
 
-__all__ = ["check_adapter", "check_state_dict", "pack_columns", "unpack_columns"]
+__all__ = ["FLOATS", "check_adapter", "check_file", "pack_columns", "saved_module_tensors", "unpack_columns"]
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what values in a file may be
 
 # A base of another dtype passes (bfloat16 rounds to within 2⁻⁹), another base does not.
 _RTOL, _ATOL = 2.0**-7, 2.0**-24
 _MOST_UINT16_INPUTS = 65_536
+_PREFIX = "base_model.model."  # of names in a PeftModel, none where an adapter was injected directly
 _REMEDY = (
     "calibrate this model on the same data first, or load the file with "
     "`PeftModel.from_pretrained(model, path, is_trainable=True)`"
@@ -56,9 +59,11 @@ def _check_columns(name: str, columns: Tensor, layer: TRPTSLinear) -> None:
         _refuse(name, "ascending and distinct in each row", "other columns", broken)
 
 
-def _check_values(name: str, values: Tensor) -> None:
-    if not values.is_floating_point() or not bool(values.isfinite().all()):
-        _refuse(name, "finite floating-point numbers", f"others ({values.dtype})", "the file is damaged")
+def _check_values(name: str, values: Tensor, dtype: torch.dtype) -> None:
+    """Refuse what is not finite once it has the dtype that the model keeps it in."""
+    if values.dtype not in FLOATS or not bool(values.to(dtype).isfinite().all()):
+        rule = f"finite floating-point numbers as {dtype}"
+        _refuse(name, rule, f"others ({values.dtype})", "the file is damaged")
 
 
 def _check_fingerprint(name: str, fingerprint: Tensor, layer: TRPTSLinear) -> None:
@@ -85,7 +90,7 @@ def _check_linear(name: str, layer: TRPTSLinear, tensors: Mapping[str, Tensor], 
     _check_columns(f"{name}.trpts_columns", tensors["trpts_columns"], layer)
     for part in ("trpts_values", "trpts_bias"):
         if part in tensors:
-            _check_values(f"{name}.{part}", tensors[part])
+            _check_values(f"{name}.{part}", tensors[part], expected[part].dtype)
 
 
 _PARTS = ("trpts_columns", "trpts_values", "trpts_bias", "trpts_fingerprint")
@@ -96,9 +101,7 @@ def _own_tensors(layer: TRPTSLinear, adapter_name: str) -> dict[str, Tensor]:
     return {part: container[adapter_name] for part, container in containers.items() if adapter_name in container}
 
 
-def check_state_dict(
-    model: nn.Module, config: TRPTSConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
-) -> None:
+def check_file(model: nn.Module, config: TRPTSConfig, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
     """Check the tensors of an adapter file against the model that is to take them. Nothing is changed.
 
     Args:
@@ -108,10 +111,29 @@ def check_state_dict(
         state_dict: the file's tensors under the model's keys.
 
     Raises:
+        ValueError: as `check_state_dict`, or there is another tensor, which a loader would put into the base model or
+            into another adapter, or drop.
+    """
+    check_state_dict(model, config, adapter_name, state_dict)
+    own = {
+        f"{name}.{part}.{adapter_name}"
+        for name, layer in adapted_linears(model, adapter_name)
+        for part in _own_tensors(layer, adapter_name)
+    }
+    own |= set(_keep_rates(model, adapter_name)) | set(saved_module_tensors(model, adapter_name))
+    _check_surplus(state_dict, {key.removeprefix(_PREFIX) for key in own})
+
+
+def check_state_dict(
+    model: nn.Module, config: TRPTSConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
+) -> None:
+    """Check an adapter's tensors in a state dict that may hold others; arguments as for `check_file`.
+
+    Raises:
         ValueError: something is missing, of another shape, out of range, not finite, or made for another base.
     """
     _check_token_layers(model, adapter_name, state_dict)
-    _check_surplus(state_dict)
+    _check_linears(model, config, adapter_name)
     for name, layer in adapted_linears(model, adapter_name):
         if layer.merged:
             _refuse(name, "unmerged while a file is loaded", "a merged one", "call `unmerge_adapter()` first")
@@ -123,23 +145,39 @@ def check_state_dict(
     _check_saved_modules(model, config, adapter_name, state_dict)
 
 
-def _check_surplus(state_dict: Mapping[str, Tensor]) -> None:
-    """PEFT leaves a key without the adapter's name where the model has no place for the tensor, and drops it."""
-    surplus = sorted(key for key in state_dict if key.rpartition(".")[2] in _PARTS)
+def _check_surplus(state_dict: Mapping[str, Tensor], own: Collection[str]) -> None:
+    surplus = sorted(key for key in state_dict if key.removeprefix(_PREFIX) not in own)
     if surplus:
         _refuse(surplus[0], "absent, since this adapter has none", f"{len(surplus)} such tensors", _REMEDY)
 
 
-def _check_token_layers(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
-    marker = f".trpts_keep_ppm.{adapter_name}"
-    stored = {key: int(value) for key, value in state_dict.items() if key.endswith((marker, ".trpts_keep_ppm"))}
-    own = {
-        f"{name}{marker}": in_millionths(rate)
+def _check_linears(model: nn.Module, config: TRPTSConfig, adapter_name: str) -> None:
+    if config.connections is None:
+        return
+    adapted = {name.removeprefix(_PREFIX) for name, _ in adapted_linears(model, adapter_name)}
+    if difference := sorted(adapted ^ set(config.connections)):
+        broken = "its `adapter_config.json` is damaged or was made for another model"
+        _refuse("connections", "of exactly the adapted linears", f"a difference in {difference[:4]}", broken)
+
+
+def _keep_rates(model: nn.Module, adapter_name: str) -> dict[str, int]:
+    """The keep rates of an adapter's token layers, in millionths, by their keys in the model's state dict."""
+    return {
+        f"{name}.trpts_keep_ppm.{adapter_name}": in_millionths(rate)
         for name, module in model.named_modules()
         if isinstance(module, AdapterTokenSelection) and (rate := module.keep_rates.get(adapter_name)) is not None
     }
-    if {key.removeprefix("base_model.model."): value for key, value in stored.items()} != {
-        key.removeprefix("base_model.model."): value for key, value in own.items()
+
+
+def _check_token_layers(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
+    endings = (f".trpts_keep_ppm.{adapter_name}", ".trpts_keep_ppm")
+    tensors = {key: value for key, value in state_dict.items() if key.endswith(endings)}
+    for key, value in tensors.items():
+        if value.dim() > 0 or value.dtype not in (torch.int64, torch.int32):
+            _refuse(key, "a whole number", f"{tuple(value.shape)} of {value.dtype}", "the file is damaged")
+    stored, own = {key: int(value) for key, value in tensors.items()}, _keep_rates(model, adapter_name)
+    if {key.removeprefix(_PREFIX): value for key, value in stored.items()} != {
+        key.removeprefix(_PREFIX): value for key, value in own.items()
     }:
         _refuse("token layers", f"those of this adapter, {_read(own)}", _read(stored), _REMEDY)
 
@@ -159,8 +197,10 @@ def _check_saved_modules(
         if state_dict[key].shape != own.shape and not config.allow_other_base:
             remedy = "load a base model with this head, for example with `num_labels`"
             _refuse(key, f"of shape {tuple(own.shape)}", tuple(state_dict[key].shape), remedy)
-        if state_dict[key].is_floating_point():
-            _check_values(key, state_dict[key])
+        if own.is_floating_point():
+            _check_values(key, state_dict[key], own.dtype)
+        elif state_dict[key].dtype != own.dtype:
+            _refuse(key, f"of {own.dtype}", state_dict[key].dtype, "the file is damaged")
 
 
 def saved_module_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
@@ -169,7 +209,7 @@ def saved_module_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tenso
         f"{name}.modules_to_save.{adapter_name}.{key}": tensor
         for name, module in model.named_modules()
         if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
-        for key, tensor in module.modules_to_save[adapter_name].named_parameters()
+        for key, tensor in module.modules_to_save[adapter_name].state_dict(keep_vars=True).items()
     }
 
 
@@ -186,7 +226,8 @@ def check_adapter(model: nn.Module, config: TRPTSConfig, adapter_name: str) -> N
         for part in (layer.trpts_values, layer.trpts_bias)
         if adapter_name in part
     ]
-    parameters += saved_module_tensors(model, adapter_name).values()
+    saved = saved_module_tensors(model, adapter_name).values()
+    parameters += [tensor for tensor in saved if isinstance(tensor, nn.Parameter)]
     # Set by transformers' loader; it stays on parameters as the model moves, on buffers it does not.
     loaded = [getattr(parameter, "_is_hf_initialized", False) for parameter in parameters]
     if any(loaded) and not all(loaded):

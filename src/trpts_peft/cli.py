@@ -146,9 +146,9 @@ def _plot(
         folders = dict(zip(labels_of(adapters), map(find_adapter, adapters), strict=True))
         figures = draw_adapters(folders, [_opened(path) for path in image or ()])
         output.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        figure.savefig(output / name, dpi=150)
-        typer.echo(f"wrote {output / name}")
+        for name, figure in figures.items():
+            figure.savefig(output / name, dpi=150)
+            typer.echo(f"wrote {output / name}")
 
 
 def _opened(path: Path) -> Image.Image:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from peft import PeftModel
-from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from .folders import check_empty, first_line
@@ -36,11 +35,16 @@ def load_adapted(folder: Path) -> tuple[PeftModel, Any]:
         processor = AutoImageProcessor.from_pretrained(
             folder if (folder / "preprocessor_config.json").is_file() else source, trust_remote_code=False
         )
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except Exception as error:  # files of somebody else's, and packages that they may need
         raise ValueError(
             f"`adapter` must name a base model that can be loaded, got {source!r}: {first_line(error)}"
         ) from error
-    return PeftModel.from_pretrained(base, str(folder)).eval(), processor
+    try:
+        return PeftModel.from_pretrained(base, str(folder)).eval(), processor
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"`adapter` must fit its base model {source!r}, got {first_line(error)}") from error
 
 
 def merge_into_checkpoint(folder: Path, output: Path, token_selection: Literal["keep", "drop"] | None = None) -> None:

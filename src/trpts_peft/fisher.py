@@ -60,11 +60,16 @@ class FisherScores(Mapping[str, Tensor]):
             ValueError: the file holds something else.
         """
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if not {"num_samples", "order"} <= set(metadata):
+            metadata, names = file.metadata() or {}, list(file.keys())
+            try:
+                order, num_samples = json.loads(metadata["order"]), int(metadata["num_samples"])
+                whole = sorted(order) == sorted(names)
+            except (KeyError, TypeError, ValueError, RecursionError):
+                whole = False
+            scores = {name: file.get_tensor(name) for name in order} if whole else {}
+            if not whole or not all(score.is_floating_point() for score in scores.values()):
                 raise ValueError(f"`path` must be a file written by `FisherScores.save`, got {path!s}.")
-            order = json.loads(metadata["order"])
-            return cls({name: file.get_tensor(name) for name in order}, int(metadata["num_samples"]))
+            return cls(scores, num_samples)
 
 
 def per_sample_cross_entropy(outputs: Any, labels: Tensor) -> Tensor:

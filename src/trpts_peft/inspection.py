@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from .checkpoint import unpack_columns
+from .checkpoint import FLOATS, unpack_columns
 from .config import TRPTSConfig
 from .cost import geometry_of, image_size_of, macs
 from .families import block_index, find_family
@@ -70,7 +70,7 @@ def read_config(folder: Path) -> TRPTSConfig:
     """The config of the adapter in `folder`; a ValueError where it is of another method or cannot be read."""
     try:
         kind = json.loads((folder / _CONFIG).read_text(encoding="utf-8")).get("peft_type")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"`adapter` must have a readable {_CONFIG}, got {error} in {str(folder)!r}.") from error
     if kind != "TRPTS":
         raise ValueError(f"`adapter` must be of TR-PTS, got one of {kind!r} in {str(folder)!r}.")
@@ -98,6 +98,13 @@ def _check_tensors(tensors: Mapping[str, Tensor], config: TRPTSConfig) -> None:
         raise ValueError(
             f"`adapter` must hold the linears that its config names, got {len(columns)} other or none: it is damaged."
         )
+    empty = next((key for key, tensor in tensors.items() if tensor.numel() == 0), None)
+    if empty is not None:  # such a tensor can claim any number of rows
+        raise ValueError(f"`adapter` must hold entries in each tensor, got none in {empty}: it is damaged.")
+    if surplus := set(config.unit_importance or {}) - {unit_of(name, config.allocation_unit) for name in columns}:
+        raise ValueError(
+            f"`adapter` must name units of its linears in `unit_importance`, got {len(surplus)} other: it is damaged."
+        )
     for name, indices in columns.items():
         values = tensors.get(f"{name}.trpts_values")
         whole = indices.dim() == 2 and not indices.is_floating_point() and values is not None
@@ -106,7 +113,7 @@ def _check_tensors(tensors: Mapping[str, Tensor], config: TRPTSConfig) -> None:
                 f"`adapter` must hold columns and values (out_features, C) of {name}, got {tuple(indices.shape)} of "
                 f"{indices.dtype} and {None if values is None else tuple(values.shape)}: it is damaged."
             )
-        if not bool(values.isfinite().all()):
+        if values.dtype not in FLOATS or not bool(values.isfinite().all()):
             raise ValueError(f"`adapter` must hold finite values of {name}, got others: its training diverged.")
 
 
@@ -143,7 +150,7 @@ def base_on_meta(folder: Path, config: TRPTSConfig) -> nn.Module | str:
     try:
         with torch.device("meta"):
             return cast(nn.Module, AutoModelForImageClassification.from_config(base_config(folder, config)))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a config of somebody else's, and packages that it may need
         return f"the base model {config.base_model_name_or_path!r} cannot be read ({first_line(error)})"
 
 

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer, se
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .checkpoint import adapted_linears, check_state_dict, pack_columns, unpack_columns
+from .checkpoint import adapted_linears, check_file, pack_columns, saved_module_tensors, unpack_columns
 from .config import TRPTSConfig
 from .data import check_loading, check_whole
 from .families import FAMILIES
@@ -307,8 +307,8 @@ class TRPTSModel(BaseTuner):
     ) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         try:
-            check_state_dict(model, config, adapter_name, tensors)
-        except ValueError:
+            check_file(model, config, adapter_name, tensors)
+        except Exception:
             if is_fresh(model, adapter_name):
                 withdraw(model, adapter_name)
             raise
@@ -318,6 +318,9 @@ class TRPTSModel(BaseTuner):
             if config.allow_other_base:  # the base was accepted: it is the adapter's from now on
                 tensors[f"{name}.trpts_fingerprint.{adapter_name}"] = layer.base_fingerprint()
             layer.fresh.discard(adapter_name)
+        for key, own in saved_module_tensors(model, adapter_name).items():
+            if key in tensors:
+                tensors[key] = tensors[key].to(own.dtype)  # loading on meta would keep the dtype of the file
         return tensors
 
 

@@ -73,7 +73,8 @@ def _unit_axes(ax: Axes | None, units: Sequence[str], groups: int) -> Axes:
     width = min(16.0, max(5.0, 1.5 + 0.16 * len(units) * (1 + groups)))
     ax = _axes(ax, (width, 3.4 if upright else 3.4 + 0.09 * longest))
     size = 10 if width > 0.25 * len(units) else 7
-    ax.set_xticks(range(len(units)), labels, rotation=0 if upright else 90, fontsize=size)
+    # Names come from files: a dollar sign in one is no formula.
+    ax.set_xticks(range(len(units)), labels, rotation=0 if upright else 90, fontsize=size, parse_math=False)
     ax.set_xlabel("transformer block" if all(map(str.isdecimal, labels)) else "unit")
     ax.set_ylabel("share of top-scoring weights (%)")
     ax.set_title("Layer importance")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from .folders import check_writable, first_line
 
@@ -28,7 +31,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """What `write_json` wrote; a ValueError where it is not whole."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"`output` must hold a whole {path.name}, got {first_line(error)}: delete it.") from error
     if not isinstance(content, dict) or not content:
         raise ValueError(f"`output` must hold a whole {path.name}, got {content!r}: delete it.")
@@ -69,7 +72,10 @@ def check_data(output: Path, data: Mapping[str, Any]) -> None:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The latest whole checkpoint in a folder of Trainer's; it writes `trainer_state.json` last."""
+    """The latest whole checkpoint in a folder of Trainer's; it writes `trainer_state.json` last.
+
+    After a power cut files may be there, but empty or cut off: none is taken for whole by its name.
+    """
     numbered = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
     return next((path for path in sorted(numbered, key=step_of, reverse=True) if _is_whole(path)), None)
 
@@ -81,7 +87,12 @@ def step_of(checkpoint: Path) -> int:
 
 def _is_whole(checkpoint: Path) -> bool:
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        state = read_json(checkpoint / "trainer_state.json")
+        weights = list(checkpoint.glob("*.safetensors"))
+        for path in weights:
+            with safe_open(path, framework="pt"):
+                pass  # to open it compares what its header says with its length
+    except (OSError, ValueError, SafetensorError):
         return False
-    return all(any(checkpoint.glob(name)) for name in ("optimizer.pt", "scheduler.pt", "*.safetensors"))
+    archives = [checkpoint / name for name in ("optimizer.pt", "scheduler.pt")]
+    return bool(weights) and state.get("global_step") == step_of(checkpoint) and all(map(zipfile.is_zipfile, archives))

@@ -446,10 +446,12 @@ def apply_token_selection(model: nn.Module, keep_rates: Mapping[int, float] | No
 
 
 def _checked_rates(model: nn.Module, keep_rates: Mapping[Any, Any]) -> dict[int, float]:
+    if not isinstance(keep_rates, Mapping):  # it may have come from a `config.json`
+        raise ValueError(f"`keep_rates` must be {{block index: rate in (0, 1]}}, got {keep_rates!r}.")
     rates = {}
     for index, rate in keep_rates.items():
         is_number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
-        if not str(index).isdigit() or not is_number or not 0 < rate <= 1:
+        if not str(index).isdecimal() or not is_number or not 0 < rate <= 1:
             raise ValueError(f"`keep_rates` must be {{block index: rate in (0, 1]}}, got {{{index!r}: {rate!r}}}.")
         rates[int(index)] = float(rate)  # JSON turns the indices into strings
     check_token_layers(model, sorted(rates), argument="keep_rates")

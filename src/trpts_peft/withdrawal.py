@@ -38,7 +38,7 @@ class LoadCheck:
         try:
             if isinstance(config, TRPTSConfig):
                 check_adapter(model, config, self.adapter_name)
-        except ValueError:
+        except Exception:
             withdraw(model, self.adapter_name)
             raise
         for key, hook in list(model._forward_pre_hooks.items()):

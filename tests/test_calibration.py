@@ -123,6 +123,17 @@ def test_workspace_does_not_change_the_selection() -> None:
     assert_equal(calibrate(adapter(), DATA, **QUIET), calibrate(adapter(), DATA, workspace_mb=0.01, **QUIET))
 
 
+def test_an_adapter_without_a_head_is_calibrated_with_the_bases_whichever_is_active() -> None:
+    selections = []
+    for active in ("default", "second"):
+        model = adapter()
+        model.base_model.model.classifier.modules_to_save["default"].weight.data.normal_()
+        model.add_adapter("second", TRPTSConfig(token_layers=0))
+        model.set_adapter(active)
+        selections.append(calibrate(model, DATA, adapter_name="second", probe_head=False, **QUIET))
+    assert_equal(*selections)
+
+
 def test_selection_is_of_the_base_whatever_the_adapter_holds() -> None:
     """Neither an update nor a token selection in force takes part in the measurement."""
     model = adapter(token_layers=[0, 1], keep_rate=0.2)

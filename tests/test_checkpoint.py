@@ -336,9 +336,8 @@ def test_set_peft_model_state_dict_refuses(saved: Path, damage: str) -> None:
     assert_same(before, snapshot(model))
 
 
-def test_injected_adapter_is_withdrawn(saved: Path, logits: Tensor) -> None:
+def test_an_adapter_that_the_user_injected_stays_for_another_try(saved: Path, logits: Tensor) -> None:
     base = build_vit()
-    before = snapshot(base)
     inject_adapter_in_model(TRPTSConfig.from_pretrained(saved), base)
     tensors = {
         k.removeprefix("base_model.model."): v for k, v in load_file(saved / "adapter_model.safetensors").items()
@@ -347,10 +346,50 @@ def test_injected_adapter_is_withdrawn(saved: Path, logits: Tensor) -> None:
     bad[f"{LINEAR}.trpts_values".removeprefix("base_model.model.")][0, 0] = float("nan")
     with pytest.raises(ValueError, match="finite"):
         set_peft_model_state_dict(base, bad)
-    assert_same(before, snapshot(base))
-    inject_adapter_in_model(TRPTSConfig.from_pretrained(saved), base)
     set_peft_model_state_dict(base, tensors)
     assert torch.equal(predict(base), logits)
+
+
+def test_an_adapter_of_a_calibrated_config_stays_for_another_try(saved: Path, tmp_path: Path, logits: Tensor) -> None:
+    model = get_peft_model(build_vit(), TRPTSConfig.from_pretrained(saved))
+    before = snapshot(model)
+    bad = damaged(saved, tmp_path, DAMAGES["values not a number"])
+    with pytest.raises(ValueError, match="finite"):
+        model.load_adapter(bad, "default")
+    assert_same(before, snapshot(model))
+    model.load_adapter(saved, "default")
+    assert torch.equal(predict(model), logits)
+
+
+def _remove(path: Path) -> None:
+    (path / "adapter_model.safetensors").unlink()
+
+
+def _truncate(path: Path) -> None:
+    file = path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def _without_head(path: Path) -> None:
+    tensors = load_file(path / "adapter_model.safetensors")
+    del tensors[HEAD]
+    save_file(tensors, path / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("damage", [_remove, _truncate, _without_head])
+def test_what_peft_refuses_by_itself_leaves_no_trace(saved: Path, tmp_path: Path, logits: Tensor, damage: Any) -> None:
+    damage(damaged(saved, tmp_path, lambda _tensors: None))
+    base = build_vit()
+    before = snapshot(base)
+    with pytest.raises(Exception, match=r"."):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert_same(before, snapshot(base))
+    model = PeftModel.from_pretrained(base, saved)
+    before = snapshot(model)
+    with pytest.raises(Exception, match=r"."):
+        model.load_adapter(tmp_path, "second")
+    assert_same(before, snapshot(model))
+    assert torch.equal(predict(model), logits)
 
 
 def test_uncalibrated_adapter_survives_a_refused_resume(saved: Path) -> None:
@@ -405,13 +444,14 @@ def test_transformers_loader_takes_a_good_file(saved: Path, logits: Tensor) -> N
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 def test_transformers_second_adapter_is_refused(saved: Path, tmp_path: Path, logits: Tensor) -> None:
     base = build_vit()
+    base.load_adapter(str(saved), "other")
     base.load_adapter(str(saved), "good")
     before = snapshot(base)
     base.load_adapter(str(damaged(saved, tmp_path, DAMAGES["column twice"])), "bad")
     with pytest.raises(ValueError, match="ascending"):
         predict(base)
-    base.set_adapter("good")
     after = snapshot(base)
+    assert base.active_adapters() == ["good"]
     assert torch.equal(after["logits"], logits)
     assert (before["adapters"], before["classes"]) == (after["adapters"], after["classes"])
 

@@ -376,6 +376,46 @@ def test_unload_of_a_merged_adapter() -> None:
 # ---- several adapters ----
 
 
+def test_on_a_16_bit_base_only_what_is_active_trains(tmp_path: Path) -> None:
+    model = get_peft_model(build_vit().bfloat16(), TRPTSConfig())
+    model.add_adapter("inactive", TRPTSConfig())
+    model.save_pretrained(tmp_path)
+    assert model.get_model_status().requires_grad == {"default": True, "inactive": False}
+    loaded = PeftModel.from_pretrained(build_vit().bfloat16(), tmp_path)
+    loaded.load_adapter(tmp_path / "inactive", "inactive")
+    assert loaded.get_model_status().requires_grad == {"default": False, "inactive": False}
+    assert {p.dtype for n, p in loaded.named_parameters() if "trpts_" in n} == {torch.float32}
+
+
+def test_merging_an_adapter_that_is_not_there_changes_nothing() -> None:
+    model = adapter()
+    expected = predict(model)
+    model.merge_adapter(["no such"])
+    assert torch.equal(predict(model), expected)
+    assert not [m for m in model.modules() if getattr(m, "merged_adapters", [])]
+
+
+@pytest.mark.filterwarnings("ignore:Adapter cannot be set when the model is merged")
+def test_an_adapter_added_beside_a_merged_one_starts_from_the_base_weights() -> None:
+    model = adapter(token_layers=0)
+    model.add_adapter("before", TRPTSConfig(token_layers=0))
+    model.merge_adapter()
+    model.add_adapter("after", TRPTSConfig(token_layers=0))
+    for layer in linears(model).values():
+        assert torch.equal(layer.trpts_columns["before"], layer.trpts_columns["after"])
+
+
+@pytest.mark.parametrize("name", ["copy", "values", "training"])
+def test_a_name_that_containers_use_is_refused(name: str) -> None:
+    model = adapter()
+    expected = predict(model)
+    with pytest.raises(ValueError, match=f"`adapter_name` must be .* got '{name}'"):
+        model.add_adapter(name, TRPTSConfig())
+    model.set_adapter("default")
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(predict(model), expected)
+
+
 def pair(modules_to_save: list[str] | None = None) -> PeftModel:
     """Two adapters that select tokens alike, of different columns and numbers of connections."""
     model = adapter(min_connections=2, max_connections=2, modules_to_save=modules_to_save)

@@ -68,6 +68,14 @@ def test_sum_of_random_updates_is_that_of_dense_matrices() -> None:
     assert columns.shape == (7, union)
 
 
+def test_a_sum_is_as_precise_as_what_it_adds_up_on_a_16_bit_base() -> None:
+    model = adapters({}, base=build_vit().bfloat16())
+    model.base_model.add_weighted_adapter(["a"], [1.0], "sum")
+    for layer in layers(model).values():
+        assert torch.equal(layer.trpts_values["sum"], layer.trpts_values["a"])
+        assert layer.trpts_values["sum"].dtype == torch.float32
+
+
 def test_a_sum_has_no_importance_of_its_own() -> None:
     model = adapters({}, {})
     model.base_model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum")

@@ -222,12 +222,15 @@ def _probe(base: nn.Module, batches: Batches, head: Head, progress: bool) -> Lin
 
 @contextmanager
 def _predicting(head: Head | None, probe: LinearProbe | None) -> Iterator[None]:
-    """Within, the model predicts with the probe; else with the adapter's own head, whichever adapter is active."""
+    """Within, the model predicts with the probe; else with the adapter's own head, or the base's where it has none.
+
+    Whichever adapter is active.
+    """
     with ExitStack() as stack:
         if probe is not None:
             assert head is not None
             stack.enter_context(head.replaced(probe.weight, probe.bias))
-        elif head is not None and head.trainable:
+        elif head is not None:
             linear = head.linear
             bias = None if linear.bias is None else linear.bias.detach()
             stack.enter_context(head.replaced(linear.weight.detach(), bias))

@@ -167,10 +167,10 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
 
     def magnitude_columns(self, count: int) -> Tensor:
         """The `count` inputs of largest |W| of each neuron: the choice before there is any data."""
-        weight = self.base_layer.weight
+        weight = self.unmerged_weight()
         if weight.is_meta:
             return torch.empty(self.out_features, count, dtype=torch.int64, device="meta")
-        return functional.top_connections(weight.detach().float().abs(), count)
+        return functional.top_connections(weight.float().abs(), count)
 
     def unmerged_weight(self) -> Tensor:
         """The base weight (out_features, in_features) as it is without any merged adapter."""

@@ -29,7 +29,7 @@ from .vit import (
     token_selections,
 )
 from .weighted import add_weighted_adapter
-from .withdrawal import LoadCheck, is_fresh, restore_modules, restore_trainable, withdraw
+from .withdrawal import LoadCheck, restore_modules, restore_trainable, trainable_names
 
 __all__ = ["TRPTSModel"]
 
@@ -48,12 +48,12 @@ class TRPTSModel(BaseTuner):
     # ---- injection ----
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        # Names, not tensors: a refused file has to leave the base model as it was.
-        self.trainable_before = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+        self.trainable_before = trainable_names(model)
+        active = next((tuple(m.active_adapters) for m in model.modules() if isinstance(m, TRPTSLayer)), ())
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
         if isinstance(peft_config, TRPTSConfig):
             # Injected without a PeftModel, perhaps by transformers' `load_adapter`, which calls none of our hooks.
-            model.register_forward_pre_hook(LoadCheck(adapter_name, self.trainable_before))
+            model.register_forward_pre_hook(LoadCheck(adapter_name, self.trainable_before, active))
             if peft_config.connections is not None:
                 for module in model.modules():
                     if isinstance(module, AdapterTokenSelection) or (
@@ -78,6 +78,10 @@ class TRPTSModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adapt the targeted linears, and let the known token layers select tokens."""
+        if hasattr(nn.ParameterDict(), adapter_name):
+            raise ValueError(
+                f"`adapter_name` must be no name that torch's containers use, got {adapter_name!r}: choose another."
+            )
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = cast(TRPTSConfig, self.peft_config[adapter_name])
         install_keep_rates(model, adapter_name, dict.fromkeys(config.fixed_token_layers, config.keep_rate))
@@ -117,6 +121,15 @@ class TRPTSModel(BaseTuner):
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """As PEFT does; what it makes anew would train, even where the adapter is inactive or for inference."""
+        layers = [layer for _, layer in adapted_linears(self.model, adapter_name)]
+        parts = [p for layer in layers for p in (layer.trpts_values, layer.trpts_bias) if adapter_name in p]
+        trains = [part[adapter_name].requires_grad for part in parts]
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for part, flag in zip(parts, trains, strict=True):
+            part[adapter_name].requires_grad_(flag)
 
     # ---- forward ----
 
@@ -306,12 +319,7 @@ class TRPTSModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        try:
-            check_file(model, config, adapter_name, tensors)
-        except Exception:
-            if is_fresh(model, adapter_name):
-                withdraw(model, adapter_name)
-            raise
+        check_file(model, config, adapter_name, tensors)
         for name, layer in adapted_linears(model, adapter_name):
             key = f"{name}.trpts_columns.{adapter_name}"
             tensors[key] = unpack_columns(tensors[key])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel
 from peft.mapping import (
@@ -12,11 +12,13 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 from peft.utils import register_peft_method
+from torch import nn
 
 from .card import drop_local_base, update_card
 from .config import TRPTSConfig
 from .model import TRPTSModel
 from .peft_type import TRPTS
+from .withdrawal import trainable_names, withdraw
 
 __all__ = ["register"]
 
@@ -30,6 +32,42 @@ def register() -> None:
     else:
         register_peft_method(name="trpts", config_cls=TRPTSConfig, model_cls=TRPTSModel)
         _send_own_card()
+        _load_whole_or_not_at_all()
+
+
+def _load_whole_or_not_at_all() -> None:
+    """Have a refused file of a TR-PTS adapter leave the model as it was; PEFT leaves the adapter in, without values.
+
+    Only what this very call has put in is taken out: an adapter that was there before stays, for another try.
+    """
+    loaded, made = PeftModel.load_adapter, cast(Any, PeftModel.from_pretrained).__func__
+
+    @wraps(loaded)
+    def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        before = set(self.peft_config)
+        try:
+            return loaded(self, model_id, adapter_name, *args, **kwargs)
+        except Exception:
+            _withdraw_new(self, before)
+            raise
+
+    @wraps(made)
+    def from_pretrained(cls: type[PeftModel], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        before, trainable = set(getattr(model, "peft_config", {})), trainable_names(model)
+        try:
+            return made(cls, model, *args, **kwargs)
+        except Exception:
+            _withdraw_new(model, before, trainable)
+            raise
+
+    patched: Any = PeftModel
+    patched.load_adapter, patched.from_pretrained = load_adapter, classmethod(from_pretrained)
+
+
+def _withdraw_new(model: nn.Module, before: set[str], trainable: frozenset[str] | None = None) -> None:
+    configs: dict[str, Any] = getattr(model, "peft_config", {})
+    for name in [name for name, config in configs.items() if name not in before and config.peft_type == TRPTS]:
+        withdraw(model, name, trainable=trainable)
 
 
 def _send_own_card() -> None:

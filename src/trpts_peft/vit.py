@@ -162,7 +162,8 @@ class AdapterTokenSelection(TokenSelection, TRPTSLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Nothing to write: only remember whose rate is in force."""
-        self.merged_adapters.extend(check_adapters_to_merge(cast(Any, self), adapter_names))
+        names = check_adapters_to_merge(cast(Any, self), adapter_names)
+        self.merged_adapters.extend(name for name in names if name in self.keep_rates)
 
     def unmerge(self) -> None:
         """Follow the active adapters again."""

@@ -97,6 +97,8 @@ def add_weighted_adapter(
     except Exception:
         del tuner.peft_config[adapter_name]
         raise
+    if any(values.dtype == torch.float32 for _, values in sums.values()):
+        tuner._cast_adapter_dtype(adapter_name)  # of a base in 16 bits
     for name, layer in used.items():
         layer.replace_columns(adapter_name, *sums[name])
         _sum_biases(layer, adapters, weights, adapter_name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -16,15 +17,16 @@ from .layer import TRPTSLinear
 from .tuner_layer import PREFIX, TRPTSLayer
 from .vit import drop_idle_selections
 
-__all__ = ["LoadCheck", "is_fresh", "restore_modules", "restore_trainable", "withdraw"]
+__all__ = ["LoadCheck", "restore_modules", "restore_trainable", "trainable_names", "withdraw"]
 
 
 class LoadCheck:
     """Forward pre-hook of a model that an adapter was injected into directly: checks it once, before the first pass."""
 
-    def __init__(self, adapter_name: str, trainable: frozenset[str]) -> None:
+    def __init__(self, adapter_name: str, trainable: frozenset[str], active: tuple[str, ...]) -> None:
         self.adapter_name = adapter_name
-        self.trainable = trainable
+        self.trainable = trainable  # names of the parameters that trained before the adapter came
+        self.active = active  # the adapters that were in force
 
     def __call__(self, model: nn.Module, _args: Any) -> None:
         if torch.compiler.is_compiling():
@@ -39,7 +41,7 @@ class LoadCheck:
             if isinstance(config, TRPTSConfig):
                 check_adapter(model, config, self.adapter_name)
         except Exception:
-            withdraw(model, self.adapter_name)
+            withdraw(model, self.adapter_name, active=self.active)
             raise
         for key, hook in list(model._forward_pre_hooks.items()):
             if hook is self:
@@ -49,22 +51,6 @@ class LoadCheck:
             layer.fresh.discard(self.adapter_name)
 
 
-def is_fresh(model: nn.Module, adapter_name: str) -> bool:
-    """Whether the adapter was only just injected, to receive a file, and holds nothing that was trained.
-
-    Its config tells: it has results, serves inference, or carries what `save_pretrained` adds. Another one was made by
-    the user, and stays for another try.
-    """
-    config = cast(Any, model).peft_config[adapter_name]
-    if config.connections is None and not config.inference_mode and config.auto_mapping is None:
-        return False
-    starts_at_zero = config.init_weights
-    layers = [layer for _, layer in adapted_linears(model, adapter_name)]
-    return all(adapter_name in layer.fresh for layer in layers) and not (
-        starts_at_zero and any(layer.is_trained(adapter_name) for layer in layers)
-    )
-
-
 def _trainable_before(model: nn.Module) -> frozenset[str]:
     if isinstance(model, PeftModel):
         return cast(frozenset[str], model.base_model.trainable_before)
@@ -72,14 +58,24 @@ def _trainable_before(model: nn.Module) -> frozenset[str]:
     return checks[0].trainable if checks else frozenset()
 
 
-def withdraw(model: nn.Module, adapter_name: str) -> None:
-    """Take out an adapter whose file was refused; with the last one, all that PEFT has put into the base model."""
-    trainable = _trainable_before(model)
+def withdraw(
+    model: nn.Module, adapter_name: str, *, active: Sequence[str] = (), trainable: frozenset[str] | None = None
+) -> None:
+    """Take out an adapter whose file was refused; with the last one, all that PEFT has put into the base model.
+
+    Args:
+        model: a PeftModel, or a base model that the adapter was injected into.
+        adapter_name: the adapter.
+        active: what is to be in force where the adapter was; without any, the first of the others.
+        trainable: names of the parameters that trained before; None: as noted when the first adapter came.
+    """
+    trainable = _trainable_before(model) if trainable is None else trainable
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     configs = cast(dict[str, Any], cast(Any, base).peft_config)
     others = [name for name in configs if name != adapter_name]
     if others and any(adapter_name in layer.active_adapters for _, layer in adapted_linears(base, adapter_name)):
-        set_adapter(base, others[0], inference_mode=configs[others[0]].inference_mode, layer_cls=TRPTSLayer)
+        names = [name for name in active if name in others] or others[:1]
+        set_adapter(base, names, inference_mode=configs[names[0]].inference_mode, layer_cls=TRPTSLayer)
     delete_adapter(base, adapter_name, PREFIX, TRPTSLayer)
     configs.pop(adapter_name, None)
     drop_idle_selections(base)
@@ -115,6 +111,11 @@ def restore_modules(base: nn.Module) -> None:
         if isinstance(module, ModulesToSaveWrapper):
             parent, _, child = name.rpartition(".")
             setattr(base.get_submodule(parent), child, module.original_module)
+
+
+def trainable_names(model: nn.Module) -> frozenset[str]:
+    """Names, not tensors: what is put back in their places trains as they did."""
+    return frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 def restore_trainable(base: nn.Module, trainable: frozenset[str]) -> None:

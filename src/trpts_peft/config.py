@@ -138,7 +138,11 @@ class TRPTSConfig(PeftConfig):
     )
     # Set on a loaded config by who wants to skip the check; not an argument, so that no file can ask for it.
     allow_other_base: bool = field(
-        default=False, init=False, metadata={"help": "Accept a base model other than the adapter was calibrated on."}
+        default=False,
+        init=False,
+        metadata={
+            "help": "Accept a base model other than the adapter was calibrated on. No argument: set it on a loaded config."
+        },
     )
 
     def __post_init__(self) -> None:

@@ -141,7 +141,7 @@ class TRPTSConfig(PeftConfig):
         default=False,
         init=False,
         metadata={
-            "help": "Accept a base model other than the adapter was calibrated on. No argument: set it on a loaded config."
+            "help": "Accept a base model other than the adapter was calibrated on. No argument: set on a loaded config."
         },
     )
 

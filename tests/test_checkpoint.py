@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification
 
 from conftest import build_images, build_vit
 from trpts_peft import TRPTSConfig, calibrate
 from trpts_peft.checkpoint import pack_columns, unpack_columns
+from trpts_peft.layer import TRPTSLinear
 
 LINEAR = "base_model.model.vit.layers.1.mlp.fc1"
 TOKENS = "base_model.model.vit.layers.1.token_selection.trpts_keep_ppm"
@@ -376,20 +379,102 @@ def _without_head(path: Path) -> None:
     save_file(tensors, path / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("damage", [_remove, _truncate, _without_head])
-def test_what_peft_refuses_by_itself_leaves_no_trace(saved: Path, tmp_path: Path, logits: Tensor, damage: Any) -> None:
+def _saving_a_linear(path: Path) -> None:
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": ["fc1"]}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "error"),
+    [
+        (_remove, ValueError),
+        (_truncate, SafetensorError),
+        (_without_head, KeyError),
+        (_saving_a_linear, (KeyError, TypeError)),
+    ],
+)
+def test_what_peft_refuses_by_itself_leaves_no_trace(
+    saved: Path, tmp_path: Path, logits: Tensor, damage: Any, error: Any
+) -> None:
     damage(damaged(saved, tmp_path, lambda _tensors: None))
     base = build_vit()
     before = snapshot(base)
-    with pytest.raises(Exception, match=r"."):
+    with pytest.raises(error):
         PeftModel.from_pretrained(base, tmp_path)
     assert_same(before, snapshot(base))
     model = PeftModel.from_pretrained(base, saved)
     before = snapshot(model)
-    with pytest.raises(Exception, match=r"."):
+    with pytest.raises(error):
         model.load_adapter(tmp_path, "second")
     assert_same(before, snapshot(model))
     assert torch.equal(predict(model), logits)
+
+
+def test_an_injection_that_breaks_off_leaves_no_trace(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = build_vit()
+    model, before = PeftModel.from_pretrained(base, saved), None
+    update, calls = TRPTSLinear.update_layer, []
+
+    def full(layer: TRPTSLinear, *args: Any, **kwargs: Any) -> None:
+        calls.append(layer)
+        if len(calls) == 5:
+            raise torch.OutOfMemoryError
+        update(layer, *args, **kwargs)
+
+    monkeypatch.setattr(TRPTSLinear, "update_layer", full)
+    for put_in in (lambda: model.add_adapter("second", TRPTSConfig()), lambda: model.load_adapter(saved, "second")):
+        before = snapshot(model)
+        calls.clear()
+        with pytest.raises(torch.OutOfMemoryError):
+            put_in()
+        assert_same(before, snapshot(model))
+    fresh = build_vit()
+    before = snapshot(fresh)
+    calls.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        PeftModel.from_pretrained(fresh, saved)
+    assert_same(before, snapshot(fresh))
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`", "ignore:You are trying to modify a model")
+def test_a_base_used_again_does_not_keep_an_adapter_by_half(saved: Path, tmp_path: Path) -> None:
+    base = build_vit()
+    PeftModel.from_pretrained(base, saved)
+    with pytest.raises(ValueError, match="finite"):
+        PeftModel.from_pretrained(base, damaged(saved, tmp_path, DAMAGES["values not a number"]))
+    assert {n: type(m) for n, m in base.named_modules()} == {n: type(m) for n, m in build_vit().named_modules()}
+
+
+def test_a_model_without_the_head_takes_the_rest(saved: Path) -> None:
+    base = build_vit()
+    base.classifier = nn.Identity()
+    model = PeftModel.from_pretrained(base, saved)
+    own = PeftModel.from_pretrained(build_vit(), saved)
+    assert torch.equal(
+        model.get_submodule(LINEAR).trpts_values["default"], own.get_submodule(LINEAR).trpts_values["default"]
+    )
+
+
+def test_embeddings_of_tokens_may_come_with_an_adapter(tmp_path: Path) -> None:
+    def bert() -> nn.Module:
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        return BertForSequenceClassification(BertConfig(vocab_size=20, **sizes))
+
+    model = get_peft_model(bert(), TRPTSConfig(target_modules=["query"]))
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    loaded = PeftModel.from_pretrained(bert(), tmp_path)
+    key = "base_model.model.bert.embeddings.word_embeddings.weight"
+    assert torch.equal(loaded.state_dict()[key], model.state_dict()[key])
+
+
+def test_a_buffer_of_a_saved_module_may_be_infinite(tmp_path: Path) -> None:
+    def masked() -> nn.Module:
+        base = build_vit()
+        base.classifier.register_buffer("mask", torch.full((3,), float("-inf")))
+        return base
+
+    adapted(masked()).save_pretrained(tmp_path)
+    PeftModel.from_pretrained(masked(), tmp_path)
 
 
 def test_uncalibrated_adapter_survives_a_refused_resume(saved: Path) -> None:
@@ -478,8 +563,9 @@ def test_connections_of_other_linears_are_refused(saved: Path, tmp_path: Path, l
     with pytest.raises(ValueError, match="`connections` must be of exactly the adapted linears"):
         if loader == "PeftModel":
             PeftModel.from_pretrained(base, path)
-        base.load_adapter(str(path))
-        predict(base)
+        else:
+            base.load_adapter(str(path))
+            predict(base)
     assert_same(before, snapshot(base))
 
 

@@ -405,7 +405,7 @@ def test_an_adapter_added_beside_a_merged_one_starts_from_the_base_weights() -> 
         assert torch.equal(layer.trpts_columns["before"], layer.trpts_columns["after"])
 
 
-@pytest.mark.parametrize("name", ["copy", "values", "training"])
+@pytest.mark.parametrize("name", ["copy", "values", "training", "v1.0"])
 def test_a_name_that_containers_use_is_refused(name: str) -> None:
     model = adapter()
     expected = predict(model)

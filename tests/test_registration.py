@@ -61,6 +61,10 @@ def test_reloading() -> None:
         "assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING[member] is trpts_peft.TRPTSConfig\n"
         "model = get_peft_model(build_vit(), trpts_peft.TRPTSConfig())\n"
         "assert type(model.base_model) is trpts_peft.TRPTSModel\n"
+        "import tempfile, pytest; from peft import PeftModel; base, folder = build_vit(), tempfile.mkdtemp()\n"
+        "model.save_pretrained(folder); open(f'{folder}/adapter_model.safetensors', 'w').close()\n"
+        "with pytest.raises(Exception): PeftModel.from_pretrained(base, folder)\n"
+        "assert base.state_dict().keys() == build_vit().state_dict().keys()\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": PATH}

@@ -61,9 +61,10 @@ def _check_columns(name: str, columns: Tensor, layer: TRPTSLinear) -> None:
 
 def _check_values(name: str, values: Tensor, dtype: torch.dtype) -> None:
     """Refuse what is not finite once it has the dtype that the model keeps it in."""
-    if values.dtype not in FLOATS or not bool(values.to(dtype).isfinite().all()):
-        rule = f"finite floating-point numbers as {dtype}"
-        _refuse(name, rule, f"others ({values.dtype})", "the file is damaged")
+    if values.dtype not in FLOATS:
+        _refuse(name, "floating-point numbers of 16 bits or more", values.dtype, "the file is damaged")
+    if not bool(values.to(dtype).isfinite().all()):
+        _refuse(name, f"finite as {dtype}", "others", "the file is damaged, or its training diverged")
 
 
 def _check_fingerprint(name: str, fingerprint: Tensor, layer: TRPTSLinear) -> None:
@@ -121,7 +122,8 @@ def check_file(model: nn.Module, config: TRPTSConfig, adapter_name: str, state_d
         for part in _own_tensors(layer, adapter_name)
     }
     own |= set(_keep_rates(model, adapter_name)) | set(saved_module_tensors(model, adapter_name))
-    _check_surplus(state_dict, {key.removeprefix(_PREFIX) for key in own})
+    own |= _embedding_keys(model)
+    _check_surplus(state_dict, {key.removeprefix(_PREFIX) for key in own}, _dropped(model, config))
 
 
 def check_state_dict(
@@ -145,10 +147,32 @@ def check_state_dict(
     _check_saved_modules(model, config, adapter_name, state_dict)
 
 
-def _check_surplus(state_dict: Mapping[str, Tensor], own: Collection[str]) -> None:
-    surplus = sorted(key for key in state_dict if key.removeprefix(_PREFIX) not in own)
+def _check_surplus(state_dict: Mapping[str, Tensor], own: Collection[str], dropped: tuple[str, ...]) -> None:
+    names = sorted(key.removeprefix(_PREFIX) for key in state_dict)
+    surplus = [name for name in names if name not in own and not name.startswith(dropped)]
     if surplus:
-        _refuse(surplus[0], "absent, since this adapter has none", f"{len(surplus)} such tensors", _REMEDY)
+        broken = "the file is damaged or was made for another model"
+        _refuse(surplus[0], "absent, since this adapter has none", f"{len(surplus)} such tensors", broken)
+
+
+def _embedding_keys(model: nn.Module) -> set[str]:
+    """Embeddings of tokens, which PEFT saves with an adapter where the vocabulary was resized; patches have none."""
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    kept = [*embeddings, *([output] if isinstance(output, nn.Module) else [])]
+    names = {name for name, module in model.named_modules() if any(module is other for other in kept)}
+    return {f"{name}.{key}" for name in names for key in model.get_submodule(name).state_dict()}
+
+
+def _dropped(model: nn.Module, config: TRPTSConfig) -> tuple[str, ...]:
+    """Where a model has lost what the config names in `modules_to_save`, such as its head, there is nothing to load."""
+    modules = {name.removeprefix(_PREFIX): module for name, module in model.named_modules()}
+    lost = (
+        name
+        for name, module in modules.items()
+        if isinstance(module, ModulesToSaveWrapper) and not module.original_module.state_dict()
+    )
+    return tuple(f"{name}." for name in lost if name.rpartition(".")[2] in (config.modules_to_save or ()))
 
 
 def _check_linears(model: nn.Module, config: TRPTSConfig, adapter_name: str) -> None:
@@ -197,7 +221,7 @@ def _check_saved_modules(
         if state_dict[key].shape != own.shape and not config.allow_other_base:
             remedy = "load a base model with this head, for example with `num_labels`"
             _refuse(key, f"of shape {tuple(own.shape)}", tuple(state_dict[key].shape), remedy)
-        if own.is_floating_point():
+        if isinstance(own, nn.Parameter) and own.is_floating_point():  # a buffer may well hold an infinite mask
             _check_values(key, state_dict[key], own.dtype)
         elif state_dict[key].dtype != own.dtype:
             _refuse(key, f"of {own.dtype}", state_dict[key].dtype, "the file is damaged")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -41,9 +42,7 @@ def load_adapted(folder: Path) -> tuple[PeftModel, Any]:
         ) from error
     try:
         return PeftModel.from_pretrained(base, str(folder)).eval(), processor
-    except ValueError:
-        raise
-    except Exception as error:
+    except (AttributeError, KeyError, TypeError, re.error) as error:
         raise ValueError(f"`adapter` must fit its base model {source!r}, got {first_line(error)}") from error
 
 

@@ -357,7 +357,7 @@ def check_finite(model: nn.Module, loss: float, learning_rate: float) -> None:
 def _whole(calibrated: Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:
+    except (OSError, AttributeError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"`output` must hold a whole {calibrated.name!r}, got {first_line(error)} Delete that folder; the run then "
             "calibrates anew."

@@ -78,9 +78,10 @@ class TRPTSModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adapt the targeted linears, and let the known token layers select tokens."""
-        if hasattr(nn.ParameterDict(), adapter_name):
+        if "." in adapter_name or hasattr(nn.ParameterDict(), adapter_name):
             raise ValueError(
-                f"`adapter_name` must be no name that torch's containers use, got {adapter_name!r}: choose another."
+                "`adapter_name` must have no dot, and be no name that torch's containers use, "
+                f"got {adapter_name!r}: choose another."
             )
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = cast(TRPTSConfig, self.peft_config[adapter_name])

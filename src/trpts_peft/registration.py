@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from functools import wraps
 from typing import Any, cast
 
@@ -18,7 +19,6 @@ from .card import drop_local_base, update_card
 from .config import TRPTSConfig
 from .model import TRPTSModel
 from .peft_type import TRPTS
-from .withdrawal import trainable_names, withdraw
 
 __all__ = ["register"]
 
@@ -32,42 +32,42 @@ def register() -> None:
     else:
         register_peft_method(name="trpts", config_cls=TRPTSConfig, model_cls=TRPTSModel)
         _send_own_card()
-        _load_whole_or_not_at_all()
+        _undo_failed_loading()
 
 
-def _load_whole_or_not_at_all() -> None:
-    """Have a refused file of a TR-PTS adapter leave the model as it was; PEFT leaves the adapter in, without values.
+def _undo_failed_loading() -> None:
+    """Have a TR-PTS adapter that cannot be added or loaded leave the model as it was; PEFT leaves it in by half.
 
-    Only what this very call has put in is taken out: an adapter that was there before stays, for another try.
+    What the very call has put in is taken out, also where it took the place of an adapter of the same name on a base
+    that was used before. An adapter that was only to receive the file stays, for another try.
     """
-    loaded, made = PeftModel.load_adapter, cast(Any, PeftModel.from_pretrained).__func__
+    added, loaded, made = PeftModel.add_adapter, PeftModel.load_adapter, cast(Any, PeftModel.from_pretrained).__func__
+
+    @wraps(added)
+    def add_adapter(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        with _undone(self):
+            return added(self, *args, **kwargs)
 
     @wraps(loaded)
-    def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        before = set(self.peft_config)
-        try:
-            return loaded(self, model_id, adapter_name, *args, **kwargs)
-        except Exception:
-            _withdraw_new(self, before)
-            raise
+    def load_adapter(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        with _undone(self):
+            return loaded(self, *args, **kwargs)
 
     @wraps(made)
     def from_pretrained(cls: type[PeftModel], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        before, trainable = set(getattr(model, "peft_config", {})), trainable_names(model)
-        try:
+        with _undone(model):
             return made(cls, model, *args, **kwargs)
-        except Exception:
-            _withdraw_new(model, before, trainable)
-            raise
 
     patched: Any = PeftModel
-    patched.load_adapter, patched.from_pretrained = load_adapter, classmethod(from_pretrained)
+    patched.add_adapter, patched.load_adapter = add_adapter, load_adapter
+    patched.from_pretrained = classmethod(from_pretrained)
 
 
-def _withdraw_new(model: nn.Module, before: set[str], trainable: frozenset[str] | None = None) -> None:
-    configs: dict[str, Any] = getattr(model, "peft_config", {})
-    for name in [name for name, config in configs.items() if name not in before and config.peft_type == TRPTS]:
-        withdraw(model, name, trainable=trainable)
+def _undone(model: nn.Module) -> AbstractContextManager[None]:
+    # Looked up in each call: the package may have been loaded anew since PEFT was wrapped.
+    from .withdrawal import withdrawn_on_failure
+
+    return withdrawn_on_failure(model)
 
 
 def _send_own_card() -> None:

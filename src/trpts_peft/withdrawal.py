@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,7 @@ from .layer import TRPTSLinear
 from .tuner_layer import PREFIX, TRPTSLayer
 from .vit import drop_idle_selections
 
-__all__ = ["LoadCheck", "restore_modules", "restore_trainable", "trainable_names", "withdraw"]
+__all__ = ["LoadCheck", "restore_modules", "restore_trainable", "trainable_names", "withdrawn_on_failure"]
 
 
 class LoadCheck:
@@ -58,6 +59,32 @@ def _trainable_before(model: nn.Module) -> frozenset[str]:
     return checks[0].trainable if checks else frozenset()
 
 
+@contextmanager
+def withdrawn_on_failure(model: nn.Module) -> Iterator[None]:
+    """Where what runs within raises, take out each adapter that it has put into the model, or put in anew."""
+    if not isinstance(model, nn.Module):  # PEFT says so
+        yield
+        return
+    before, trainable = _settled(model), trainable_names(model)
+    try:
+        yield
+    except Exception:
+        after = _settled(model)
+        spoiled = [name for name in after if name not in before or (before[name] and not after[name])]
+        for name in spoiled:
+            withdraw(model, name, trainable=None if before else trainable)
+        if set(before) - set(spoiled):
+            restore_trainable(model, trainable)
+        raise
+
+
+def _settled(model: nn.Module) -> dict[str, bool]:
+    """{adapter in the model: whether it was calibrated, or loaded, since it was put in}."""
+    layers = [module for module in model.modules() if isinstance(module, TRPTSLinear)]
+    names = dict.fromkeys(name for layer in layers for name in layer.trpts_columns)
+    return {name: not any(name in layer.fresh for layer in layers) for name in names}
+
+
 def withdraw(
     model: nn.Module, adapter_name: str, *, active: Sequence[str] = (), trainable: frozenset[str] | None = None
 ) -> None:
@@ -71,7 +98,7 @@ def withdraw(
     """
     trainable = _trainable_before(model) if trainable is None else trainable
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    configs = cast(dict[str, Any], cast(Any, base).peft_config)
+    configs: dict[str, Any] = getattr(base, "peft_config", {})
     others = [name for name in configs if name != adapter_name]
     if others and any(adapter_name in layer.active_adapters for _, layer in adapted_linears(base, adapter_name)):
         names = [name for name in active if name in others] or others[:1]
@@ -89,7 +116,8 @@ def withdraw(
 
 def _strip(base: nn.Module, trainable: frozenset[str]) -> None:
     """Undo what else an injection has done: no configs, trainable what was trainable."""
-    del cast(Any, base).peft_config
+    if hasattr(base, "peft_config"):
+        del cast(Any, base).peft_config
     if hasattr(base, "_hf_peft_config_loaded"):
         cast(Any, base)._hf_peft_config_loaded = False
     restore_trainable(base, trainable)

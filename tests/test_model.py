@@ -409,7 +409,7 @@ def test_an_adapter_added_beside_a_merged_one_starts_from_the_base_weights() -> 
 def test_a_name_that_containers_use_is_refused(name: str) -> None:
     model = adapter()
     expected = predict(model)
-    with pytest.raises(ValueError, match=f"`adapter_name` must be .* got '{name}'"):
+    with pytest.raises(ValueError, match=f"`adapter_name` must have no dot, .* got '{name}'"):
         model.add_adapter(name, TRPTSConfig())
     model.set_adapter("default")
     assert list(model.peft_config) == ["default"]

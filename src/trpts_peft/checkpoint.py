@@ -151,8 +151,9 @@ def _check_surplus(state_dict: Mapping[str, Tensor], own: Collection[str], dropp
     names = sorted(key.removeprefix(_PREFIX) for key in state_dict)
     surplus = [name for name in names if name not in own and not name.startswith(dropped)]
     if surplus:
-        broken = "the file is damaged or was made for another model"
-        _refuse(surplus[0], "absent, since this adapter has none", f"{len(surplus)} such tensors", broken)
+        of_its_kind = surplus[0].rpartition(".")[2] in _PARTS  # a file of other settings, perhaps to resume from
+        remedy = _REMEDY if of_its_kind else "the file is damaged or was made for another model"
+        _refuse(surplus[0], "absent, since this adapter has none", f"{len(surplus)} such tensors", remedy)
 
 
 def _embedding_keys(model: nn.Module) -> set[str]:

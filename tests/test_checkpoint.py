@@ -412,7 +412,7 @@ def test_what_peft_refuses_by_itself_leaves_no_trace(
 
 def test_an_injection_that_breaks_off_leaves_no_trace(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = build_vit()
-    model, before = PeftModel.from_pretrained(base, saved), None
+    model = PeftModel.from_pretrained(base, saved)
     update, calls = TRPTSLinear.update_layer, []
 
     def full(layer: TRPTSLinear, *args: Any, **kwargs: Any) -> None:
@@ -474,7 +474,9 @@ def test_a_buffer_of_a_saved_module_may_be_infinite(tmp_path: Path) -> None:
         return base
 
     adapted(masked()).save_pretrained(tmp_path)
-    PeftModel.from_pretrained(masked(), tmp_path)
+    model = PeftModel.from_pretrained(masked(), tmp_path)
+    own = model.base_model.model.classifier.modules_to_save["default"]
+    assert own.mask.tolist() == [float("-inf")] * 3
 
 
 def test_uncalibrated_adapter_survives_a_refused_resume(saved: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 import torch
 from peft.utils import ModulesToSaveWrapper
@@ -158,11 +159,14 @@ def _check_surplus(state_dict: Mapping[str, Tensor], own: Collection[str], dropp
 
 def _embedding_keys(model: nn.Module) -> set[str]:
     """Embeddings of tokens, which PEFT saves with an adapter where the vocabulary was resized; patches have none."""
-    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    kept = [*embeddings, *([output] if isinstance(output, nn.Module) else [])]
-    names = {name for name, module in model.named_modules() if any(module is other for other in kept)}
-    return {f"{name}.{key}" for name in names for key in model.get_submodule(name).state_dict()}
+    find_output: Any = getattr(model, "get_output_embeddings", lambda: None)
+    output = find_output()
+    return {
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) or module is output
+        for key in module.state_dict()
+    }
 
 
 def _dropped(model: nn.Module, config: TRPTSConfig) -> tuple[str, ...]:

@@ -146,6 +146,13 @@ def test_only_the_active_adapter_trains_and_counts():
     assert [p.requires_grad for p in layer.trpts_bias.values()] == [False, True]
 
 
+def test_parameters_that_a_wrapper_made_no_leaves_keep_their_gradients():
+    layer = make("a", "b")
+    layer.trpts_values._parameters["a"] = layer.trpts_values["a"] * 1
+    layer.set_adapter("b")
+    assert [p.requires_grad for p in layer.trpts_values._parameters.values()] == [True, True]
+
+
 def test_active_adapters_unknown_to_the_layer_are_passed_over():
     layer, x = make("a"), inputs()
     layer.set_adapter(["elsewhere"])

@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +305,15 @@ def test_merge_and_unmerge_are_exact(dtype: torch.dtype) -> None:
     model.unmerge_adapter()
     assert all(torch.equal(layer.base_layer.weight, weights[name]) for name, layer in linears(model).items())
     assert torch.equal(model(images).logits, before)
+
+
+def test_merging_into_tied_embeddings_warns() -> None:
+    base = nn.Sequential(OrderedDict(embed_tokens=nn.Embedding(7, 5), lm_head=nn.Linear(5, 7)))
+    base.lm_head.weight = base.embed_tokens.weight
+    base.config = {"tie_word_embeddings": True, "model_type": "custom"}  # type: ignore[assignment]
+    model = get_peft_model(base, TRPTSConfig(target_modules=["lm_head"]))
+    with pytest.warns(UserWarning, match="tie_word_embeddings"):
+        model.merge_adapter()
 
 
 def test_disabling_a_merged_adapter_is_exact() -> None:

@@ -43,6 +43,14 @@ def _autocasts(x: Tensor) -> bool:
     return not x.is_meta and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
 
 
+class _Overwritten(BufferDict):
+    """Buffers that come and go with every switch of adapters, spared the questions that a new buffer is asked."""
+
+    def __setitem__(self, key: str, buffer: Tensor) -> None:
+        self._non_persistent_buffers_set.add(key)
+        self._buffers[key] = buffer
+
+
 class TRPTSLinear(nn.Module, TRPTSLayer):
     """A frozen linear layer with the sparse updates of its adapters, y = x (W + Δ)ᵀ + b + Δb (eqs. 12 to 14).
 
@@ -75,8 +83,8 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         self.trpts_fingerprint = BufferDict(persistent=True)
         self.trpts_used = BufferDict(persistent=False)
         self.trpts_slots = BufferDict(persistent=False)
-        self.trpts_originals = BufferDict(persistent=False)
-        self.trpts_original_bias = BufferDict(persistent=False)
+        self.trpts_originals = _Overwritten(persistent=False)
+        self.trpts_original_bias = _Overwritten(persistent=False)
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
@@ -127,6 +135,17 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         columns = self.trpts_columns[adapter_name]
         used, slots = (columns, columns) if columns.is_meta else index_columns(columns)
         self.trpts_used[adapter_name], self.trpts_slots[adapter_name] = used, slots
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate these adapters; they alone train, or, with `inference_mode`, none does."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        _, _, all_values, biases, _, _ = self._parts()
+        for parameters in (all_values, biases):
+            for name, parameter in parameters.items():
+                trains = name in names and not inference_mode
+                if parameter.requires_grad != trains and parameter.is_leaf:  # FSDP's may be no leaves
+                    parameter.requires_grad_(trains)
+        self._active_adapter = names
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget all that belongs to the adapter."""
@@ -271,10 +290,10 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         Raises:
             ValueError: `safe_merge` found an entry that is not finite.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.trpts_values]
+        base, all_columns, all_values, biases, originals, original_bias = self._parts()
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in all_values]
         if safe_merge:
             self.check_merge(names)
-        base, all_columns, all_values, biases, originals, original_bias = self._parts()
         weight = base.weight.data
         for name in names:
             columns = all_columns[name]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any, cast
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer, set_adapter
 from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
 
 from .checkpoint import adapted_linears, check_file, pack_columns, saved_module_tensors, unpack_columns
@@ -184,10 +186,15 @@ class TRPTSModel(BaseTuner):
         _check_whole(layers)
         self._check_alike(_merged_with(layers, adapter_names or self.active_adapters), layers)
         _check_entries(layers if safe_merge else [], adapter_names or self.active_adapters)
-        self._check_merge_allowed()  # type: ignore[no-untyped-call]
+        self._check_merge_allowed()
         for layer in layers:
             with _onloaded(layer):
                 layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _check_merge_allowed(self) -> None:
+        """PEFT warns of tied embeddings, and to find them makes a dict of all of the model's config."""
+        if any(name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for name in self.targeted_module_names):
+            super()._check_merge_allowed()  # type: ignore[no-untyped-call]
 
     def unmerge_adapter(self) -> None:
         """Put back the base weights that merging has overwritten, to the bit."""
@@ -341,11 +348,18 @@ def _find(module: nn.Module, kinds: tuple[type, ...]) -> list[Any]:
     """All modules of these kinds; what lies within those of TR-PTS, the larger part of all modules, is not visited."""
     found: list[Any] = []
     for child in module.children():
-        if isinstance(child, kinds):
+        kind: Any = type(child)
+        if _is_of(kind, kinds):
             found.append(child)
-        if not isinstance(child, TRPTSLayer):
+        if child._modules and not _is_of(kind, (TRPTSLayer,)):
             found += _find(child, kinds)
     return found
+
+
+@cache
+def _is_of(kind: Any, kinds: tuple[Any, ...]) -> bool:
+    """Remembered: PEFT's layers are abstract classes, and to ask one of them takes several times as long."""
+    return issubclass(kind, kinds)
 
 
 class _Found:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
+from transformers import SwinConfig, SwinForImageClassification
 
 from conftest import FAMILIES
 from trpts_peft import FisherScores, TRPTSConfig, estimate_fisher
@@ -24,6 +25,15 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
 
 def linears_of(model):
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.split(".")[-1] in TARGETS}
+
+
+def build_swin():
+    """Four windows an image in its first stage."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sizes = {"image_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": [2, 2]}
+        config = SwinConfig(**sizes, num_heads=[2, 2], num_labels=3, initializer_range=0.16)
+        return SwinForImageClassification(config).eval()
 
 
 def gradients_one_by_one(model, data):
@@ -194,7 +204,7 @@ def test_small_gradients_survive_autocast(score, tokens):
     x, grad, layer = torch.randn(4, tokens, 6), 1e-4 * torch.randn(4, tokens, 5), nn.Linear(6, 5)
     collector = FisherCollector({"0": layer}, score, 256)
     with torch.autocast("cpu", torch.float16):
-        collector._accumulate("0", x, grad)
+        collector._accumulate("0", x, grad, batch_size=4)
     gradients = torch.einsum("bto,bti->boi", grad.double(), x.double())
     expected = gradients.square().sum(0) if score == "fisher" else gradients.sum(0)
     torch.testing.assert_close(collector.sums["0"], expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
@@ -243,6 +253,37 @@ def test_inputs_without_a_token_axis_are_samples():
         loss = F.cross_entropy(model(x[i : i + 1]), torch.tensor([i % 3]))
         expected += torch.autograd.grad(loss, model[0].weight)[0] ** 2
     torch.testing.assert_close(collector.sums["0"].float(), expected, rtol=1e-4, atol=1e-9)
+
+
+def test_the_windows_of_a_sample_belong_together(labelled_images):
+    model, data = build_swin(), labelled_images(5)
+    expected = naive_fisher(model, data)
+    assert_scores(estimate(model, data, target_modules=list(TARGETS)), expected)
+
+
+def test_a_linear_that_the_samples_share_is_refused():
+    class Biased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.shift = nn.Linear(5, 3), nn.Linear(2, 3)
+
+        def forward(self, x):
+            return self.body(x) + self.shift(torch.ones(1, 2)).relu_()
+
+    model = Biased()
+    collector = FisherCollector({"shift": model.shift}, "fisher", 256)
+    with collector.collecting(model), pytest.raises(ValueError, match="got shift with 1 rows for 6 samples"):
+        logits = types.SimpleNamespace(logits=model(torch.randn(6, 5)))
+        collector.add(per_sample_cross_entropy(logits, torch.arange(6) % 3))
+
+
+def test_the_first_output_may_be_overwritten():
+    model, x = nn.Sequential(nn.Linear(5, 4), nn.ReLU(inplace=True), nn.Linear(4, 3)), torch.randn(1, 5)
+    collector = FisherCollector({"0": model[0]}, "gradient", 256)
+    with collector.collecting(model):
+        collector.add(per_sample_cross_entropy(types.SimpleNamespace(logits=model(x)), torch.tensor([1])))
+    F.cross_entropy(model(x), torch.tensor([1])).backward()
+    torch.testing.assert_close(collector.sums["0"].float(), model[0].weight.grad)
 
 
 def test_sums_are_given_up_one_by_one(tiny_vit, labelled_images):

@@ -101,9 +101,11 @@ class FisherCollector:
             for name, linear in self.linears.items()
         }
         self._seen: set[str] = set()
+        self._batch_size = 0  # of the pass that runs backward
 
     def add(self, loss: Tensor) -> None:
         """Run backward from the per-sample losses (B,) of the last forward pass."""
+        self._batch_size = loss.shape[0]
         self.num_samples += loss.shape[0]
         loss.sum().backward()
         self._seen.clear()
@@ -138,16 +140,22 @@ class FisherCollector:
                     "activation checkpointing that outlasts training mode, or do not target a linear that blocks share."
                 )
             self._seen.add(name)
-            if not output.requires_grad:  # nothing before is scored: the graph begins here
-                output = output.detach().requires_grad_()
+            if not output.requires_grad:  # nothing before is scored: the graph begins here; no leaf, as it may change
+                output = output + output.new_zeros(()).requires_grad_()
             inputs = _for_backward(args[0])
-            output.register_hook(lambda grad: self._accumulate(name, inputs(), grad))
+            output.register_hook(lambda grad: self._accumulate(name, inputs(), grad, self._batch_size))
             return output
 
         return watch
 
-    def _accumulate(self, name: str, inputs: Tensor, grad: Tensor) -> None:
-        x, g = _by_sample(inputs).float(), _by_sample(grad.detach()).float()
+    def _accumulate(self, name: str, inputs: Tensor, grad: Tensor, batch_size: int) -> None:
+        if inputs.shape[0] % batch_size:
+            raise ValueError(
+                f"`target_modules` must name linears that see one sample after the other, got {name} with "
+                f"{inputs.shape[0]} rows for {batch_size} samples: leave it out, or list it in `exclude_modules`."
+            )
+        # The windows of a sample, where there are any, follow one another: (B · windows, T, features).
+        x, g = (part.reshape(batch_size, -1, part.shape[-1]).float() for part in (inputs, grad.detach()))
         with torch.autocast(x.device.type, enabled=False):  # 16 bits cannot hold the squares of gradients
             if self.score == "fisher":
                 total = squared_gradient_sum(x, g, workspace_mb=self.workspace_mb)
@@ -186,8 +194,3 @@ def _for_backward(inputs: Tensor) -> Callable[[], Tensor]:
         return lambda: F.gelu(node._saved_self, approximate=node._saved_approximate)
     kept = inputs.detach()
     return lambda: kept
-
-
-def _by_sample(tensor: Tensor) -> Tensor:
-    """(B, ..., features) as (B, T, features)."""
-    return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])

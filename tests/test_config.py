@@ -34,6 +34,7 @@ INDICES = "a list of distinct block indices, none below 0"
         *(("token_layers", v, INDICES) for v in ([-1], [1, 1], [1.0], ["1"], [True])),
         *(("token_placement", v, "one of 'sparse', 'dense', 'random'") for v in ("late", None)),
         *(("seed", v, f"{COUNT} 0") for v in (-1, 0.5, None, True)),
+        ("seed", 2**63, r"below 2\*\*63"),
         *(("unit_importance", v, SHARES) for v in ({"a": -0.1}, {"a": 1.5}, {"a": True}, {"a": "1"}, [0.5])),
         *(("selected_token_layers", v, INDICES) for v in ([-1], [2, 2], 3, "1", [None])),
         *(("connections", v, "a dictionary") for v in ({}, [1], 3, {"a": 0}, {"a": 1.5}, {"a": True}, {1: 1})),
@@ -56,6 +57,7 @@ def test_a_bad_value_is_refused(name, value, rule):
         ("modules_to_save", [1]),
         ("layers_to_transform", 1.5),
         ("layers_to_transform", [-1]),
+        ("layers_to_transform", [1.5]),
         ("layers_to_transform", "1"),
     ],
 )
@@ -100,6 +102,8 @@ def test_layer_patterns_must_make_sense(options, message):
         {"top_percent": 1e-6, "keep_rate": 1e-6, "budget": 1e-6, "max_connections": None, "token_layers": 0},
         {"unit_importance": {"a": 0, "b": 1.0}},
         {"token_layers": [], "selected_token_layers": [], "connections": {"fc1": 1}},
+        {"seed": 2**63 - 1, "layers_to_transform": 0, "modules_to_save": ["head"]},
+        {"target_modules": {"a"}, "layers_to_transform": [0, 3], "layers_pattern": "layers"},
     ],
 )
 def test_values_at_the_edges_are_taken(options):
@@ -145,9 +149,14 @@ def test_fixed_token_layers_are_those_of_calibration_else_a_list():
 
 
 def test_before_calibration_each_neuron_trains_as_many_inputs_as_the_limits_allow():
-    config = TRPTSConfig(min_connections=2, max_connections=6)
-    assert config.min_connections <= config.initial_connections <= config.max_connections
+    assert TRPTSConfig(min_connections=2, max_connections=6).initial_connections == 4
+    assert TRPTSConfig(min_connections=1, max_connections=4).initial_connections == 3
     assert TRPTSConfig(min_connections=5, max_connections=None).initial_connections == 5
+
+
+def test_names_of_modules_are_a_set():
+    config = TRPTSConfig(target_modules=["fc1", "fc2"], exclude_modules=["fc2"])
+    assert (config.target_modules, config.exclude_modules) == ({"fc1", "fc2"}, {"fc2"})
 
 
 def test_file_round_trip(tmp_path):

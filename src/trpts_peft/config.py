@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,8 +36,7 @@ def _all(values: object, rule: Callable[[Any], bool]) -> bool:
 
 def _check_real(name: str, value: object, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value <= high:
-        above = f"in ({low:g}, {high:g}]" if math.isfinite(high) else f"a finite number above {low:g}"
-        _refuse(name, above, value)
+        _refuse(name, f"in ({low:g}, {high:g}]", value)
 
 
 def _check_count(name: str, value: object, least: int) -> None:

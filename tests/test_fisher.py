@@ -343,6 +343,25 @@ def test_labels_outside_the_head_are_refused(tiny_vit, labelled_images):
         estimate(tiny_vit(), labelled_images(5, num_labels=5))
 
 
+def test_linears_that_are_read_without_a_call_are_named(caplog):
+    class Net(nn.Module):
+        main_input_name = "x"
+
+        def __init__(self):
+            super().__init__()
+            self.attention, self.mlp = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return types.SimpleNamespace(logits=self.mlp(self.attention(x, x, x)[0]).mean(1))
+
+    data = [{"x": torch.randn(4, 8), "labels": torch.tensor(i % 3)} for i in range(5)]
+    estimate(Net(), data, target_modules=["mlp"])
+    assert not caplog.records
+    scores = estimate(Net(), data, target_modules=["out_proj", "mlp"])
+    assert not scores["attention.out_proj"].any()
+    assert "does not depend on 1 of the targeted linears, of which attention.out_proj is the first" in caplog.text
+
+
 def test_a_head_of_zeros_is_refused(tiny_vit, labelled_images):
     model = tiny_vit()
     nn.init.zeros_(model.classifier.weight)

@@ -307,6 +307,16 @@ def test_merge_and_unmerge_are_exact(dtype: torch.dtype) -> None:
     assert torch.equal(model(images).logits, before)
 
 
+def test_linears_that_evaluation_would_read_past_the_adapter_are_refused() -> None:
+    encoder = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 2))
+    message = "`target_modules` must name linears that the model calls, got 0.linear1 of an nn.TransformerEncoderLayer"
+    with pytest.raises(TypeError, match=message):
+        get_peft_model(encoder, TRPTSConfig(target_modules=["linear1", "1"]))
+    assert not linears(encoder)
+    get_peft_model(encoder, TRPTSConfig(target_modules=["linear1", "1"], exclude_modules=["linear1"]))
+    assert set(linears(encoder)) == {"1"}
+
+
 def test_merging_into_tied_embeddings_warns() -> None:
     base = nn.Sequential(OrderedDict(embed_tokens=nn.Embedding(7, 5), lm_head=nn.Linear(5, 7)))
     base.lm_head.weight = base.embed_tokens.weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ __all__ = ["base_weights", "collect_features", "estimate_fisher", "measure", "ta
 
 SCORES = ("fisher", "gradient")
 LABELS = ("dataset", "model")
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -139,10 +142,18 @@ def _check_measured(scores: FisherScores) -> None:
     for name, score in scores.items():
         if not math.isfinite(float(score.max())):  # of scores that are not negative; NaN is the largest
             raise ValueError(f"`model` must have finite gradients, got others in {name}: check weights and inputs.")
-    if not any(bool(score.any()) for score in scores.values()):
+    idle = [name for name, score in scores.items() if not score.any()]
+    if len(idle) == len(scores):
         raise ValueError(
             "`model` must have a gradient, got zero everywhere: its head is all zeros (fit it first, as `calibrate` "
             "does with `probe_head=True`), or it predicts every sample perfectly."
+        )
+    if idle:
+        logger.warning(
+            "The loss does not depend on %d of the targeted linears, of which %s is the first: an adapter changes "
+            "nothing there. Leave them out of `target_modules`, or list them in `exclude_modules`.",
+            len(idle),
+            idle[0],
         )
 
 

@@ -76,6 +76,7 @@ class TRPTSModel(BaseTuner):
         for name, module in model.named_modules():
             if name.startswith(adapted) or not self._check_target_module_exists(peft_config, name):
                 continue
+            _check_called(name, model.get_submodule(name.rpartition(".")[0]))
             _check_target(peft_config, name, module.get_base_layer() if isinstance(module, TRPTSLinear) else module)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -407,6 +408,15 @@ def _count(config: TRPTSConfig, name: str, in_features: int) -> int:
     if config.connections is not None:
         return config.connections[name]
     return min(config.initial_connections, in_features)
+
+
+def _check_called(name: str, parent: nn.Module) -> None:
+    """Refuse a target whose weight is read without a call: it would train, and then not be heard."""
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        raise TypeError(
+            f"`target_modules` must name linears that the model calls, got {name} of an nn.TransformerEncoderLayer, "
+            "which reads its weights past any adapter in evaluation: leave it out, or list it in `exclude_modules`."
+        )
 
 
 def _check_target(config: TRPTSConfig, name: str, module: nn.Module) -> None:

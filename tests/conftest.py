@@ -25,6 +25,8 @@ from transformers import (
     PreTrainedConfig,
     ViTConfig,
     ViTForImageClassification,
+    ViTMSNConfig,
+    ViTMSNForImageClassification,
 )
 
 import trpts_peft  # noqa: F401  (registers the method)
@@ -34,10 +36,12 @@ torch.set_num_threads(1)
 FAMILIES: dict[str, tuple[Any, Any]] = {
     "vit": (ViTConfig, ViTForImageClassification),
     "deit": (DeiTConfig, DeiTForImageClassification),
+    "vit_msn": (ViTMSNConfig, ViTMSNForImageClassification),
     "dinov2": (Dinov2Config, Dinov2ForImageClassification),
     "dinov2_with_registers": (Dinov2WithRegistersConfig, Dinov2WithRegistersForImageClassification),
 }
-PREFIX = {"vit": 1, "deit": 2, "dinov2": 1, "dinov2_with_registers": 5}  # CLS, distillation, four registers
+# CLS, distillation, four registers.
+PREFIX = {"vit": 1, "deit": 2, "vit_msn": 1, "dinov2": 1, "dinov2_with_registers": 5}
 
 
 def small_config(family: str = "vit", **options: Any) -> PreTrainedConfig:

@@ -28,7 +28,7 @@ def naive_trace(family: str, pixel_values: Tensor) -> dict[int, list[tuple[list[
     trace: dict[int, list[tuple[list[int], dict[int, int], Tensor]]] = {block: [] for block in RATES}
     model, prefix = build_vit(family), PREFIX[family]
     model.set_attn_implementation("eager")
-    backbone = getattr(model, family)
+    backbone = model.base_model
     for image in pixel_values:
         hidden = backbone.embeddings(image[None])
         tokens: list[tuple[set[int], int | None]] = [({patch}, None) for patch in range(64)]

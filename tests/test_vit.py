@@ -26,6 +26,7 @@ from transformers.models.deit import modeling_deit
 from transformers.models.dinov2 import modeling_dinov2
 from transformers.models.dinov2_with_registers import modeling_dinov2_with_registers
 from transformers.models.vit import modeling_vit
+from transformers.models.vit_msn import modeling_vit_msn
 
 from conftest import FAMILIES, PREFIX, LabelledImages, build_images, build_vit, naive_attend, naive_transform
 from trpts_peft import TRPTSConfig, apply_token_selection, set_token_selection
@@ -34,6 +35,7 @@ from trpts_peft.vit import keep_rates_in_force, token_selections
 STOCK = {
     "vit": (modeling_vit.ViTLayer, modeling_vit.ViTAttention),
     "deit": (modeling_deit.DeiTLayer, modeling_deit.DeiTAttention),
+    "vit_msn": (modeling_vit_msn.ViTMSNLayer, modeling_vit_msn.ViTMSNAttention),
     "dinov2": (modeling_dinov2.Dinov2Layer, modeling_dinov2.Dinov2Attention),
     "dinov2_with_registers": (
         modeling_dinov2_with_registers.Dinov2WithRegistersLayer,
@@ -83,7 +85,7 @@ def naive_select(hidden: Tensor, importance: Tensor, rate: float, prefix: int) -
 def naive_features(model: Any, family: str, pixel_values: Tensor, rates: dict[int, float]) -> list[Tensor]:
     """Hidden states of a stock model, behind the embeddings and behind each block, with tokens selected by hand."""
     model.set_attn_implementation("eager")
-    backbone = getattr(model, family)
+    backbone = model.base_model
     states = [backbone.embeddings(pixel_values)]
     for index, block in enumerate(blocks(model)):
         hidden, weights = naive_attend(block, states[-1])
@@ -103,14 +105,14 @@ def test_outputs_are_those_of_a_naive_model(family: str, attention: str) -> None
     states = naive_features(build_vit(family), family, build_images(), RATES)
     model = reduced(family)
     model.set_attn_implementation(attention)
-    hidden = getattr(model, family)(build_images(), output_hidden_states=True).hidden_states
+    hidden = model.base_model(build_images(), output_hidden_states=True).hidden_states
     lengths = [64 + PREFIX[family], 44 + 1 + PREFIX[family], 20 + 1 + PREFIX[family]]
     assert [h.shape[1] for h in hidden] == [lengths[i] for i in (0, 1, 1, 2, 2)]
     # The last entry is what the backbone returns, behind its last norm.
     for state, expected in zip(hidden[:-1], states[:-1], strict=True):
         torch.testing.assert_close(state, expected, rtol=1e-4, atol=1e-4)
-    last = getattr(model, family).layernorm(states[-1])
-    torch.testing.assert_close(getattr(model, family)(build_images()).last_hidden_state, last, rtol=1e-4, atol=1e-4)
+    last = model.base_model.layernorm(states[-1])
+    torch.testing.assert_close(model.base_model(build_images()).last_hidden_state, last, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -231,7 +233,7 @@ def test_merged_token_carries_gradient() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_interpolated_positions(family: str) -> None:
     model, pixel_values = reduced(family), build_images(image_size=48)
-    states = getattr(model, family)(pixel_values, interpolate_pos_encoding=True, output_hidden_states=True)
+    states = model.base_model(pixel_values, interpolate_pos_encoding=True, output_hidden_states=True)
     counts = [144, 100 + 1, 45 + 1]
     assert [s.shape[1] - PREFIX[family] for s in states.hidden_states] == [counts[i] for i in (0, 1, 1, 2, 2)]
 

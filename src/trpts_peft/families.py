@@ -12,6 +12,7 @@ from transformers.models.deit import modeling_deit
 from transformers.models.dinov2 import modeling_dinov2
 from transformers.models.dinov2_with_registers import modeling_dinov2_with_registers
 from transformers.models.vit import modeling_vit
+from transformers.models.vit_msn import modeling_vit_msn
 
 __all__ = ["FAMILIES", "Family", "block_index", "find_blocks", "find_family", "num_prefix_tokens"]
 
@@ -84,6 +85,12 @@ FAMILIES = (
         eager_attention=modeling_deit.eager_attention_forward,
         class_tokens=2,
         refused=(modeling_deit.DeiTForMaskedImageModeling,),
+    ),
+    Family(
+        model_type="vit_msn",
+        layer_class=modeling_vit_msn.ViTMSNLayer,
+        attention_class=modeling_vit_msn.ViTMSNAttention,
+        eager_attention=modeling_vit_msn.eager_attention_forward,
     ),
     Family(
         model_type="dinov2",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 import types
 
 import pytest
@@ -203,8 +204,9 @@ def test_half_precision_models_are_scored(tiny_vit, labelled_images):
 def test_small_gradients_survive_autocast(score, tokens):
     x, grad, layer = torch.randn(4, tokens, 6), 1e-4 * torch.randn(4, tokens, 5), nn.Linear(6, 5)
     collector = FisherCollector({"0": layer}, score, 256)
+    collector._batch_size = 4
     with torch.autocast("cpu", torch.float16):
-        collector._accumulate("0", x, grad, batch_size=4)
+        collector._accumulate("0", x, grad)
     gradients = torch.einsum("bto,bti->boi", grad.double(), x.double())
     expected = gradients.square().sum(0) if score == "fisher" else gradients.sum(0)
     torch.testing.assert_close(collector.sums["0"], expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
@@ -261,20 +263,110 @@ def test_the_windows_of_a_sample_belong_together(labelled_images):
     assert_scores(estimate(model, data, target_modules=list(TARGETS)), expected)
 
 
-def test_a_linear_that_the_samples_share_is_refused():
-    class Biased(nn.Module):
+class TimeFirst(nn.Module):
+    """Sees (B, T, C), and its linear (T, B, C)."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return types.SimpleNamespace(logits=self.head(self.body(x.transpose(0, 1)).tanh().mean(0)))
+
+
+class Shared(nn.Module):
+    """Adds the same to all samples, computed in as many rows as there are samples."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 6), nn.Linear(5, 3)
+        self.register_buffer("rows", torch.randn(rows, 5))
+
+    def forward(self, x):
+        return types.SimpleNamespace(logits=self.head(x.mean(1)) + self.body(self.rows).mean(0)[:3])
+
+
+class Padded(nn.Module):
+    """Adds a row to the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        rows = torch.cat([x.mean(1), torch.ones(1, 5)])
+        return types.SimpleNamespace(logits=self.head(self.body(rows)[:-1].tanh()))
+
+
+@pytest.mark.parametrize(
+    "model, shape", [(TimeFirst(), (4, 4, 5)), (Shared(4), (4, 5)), (Shared(1), (1, 5)), (Padded(), (5, 5))]
+)
+def test_linears_that_do_not_see_one_sample_after_the_other_are_refused(model, shape):
+    model.main_input_name = "x"
+    data = [{"x": torch.randn(4, 5), "labels": torch.tensor(i % 3)} for i in range(6)]
+    with pytest.raises(
+        ValueError, match=rf"got body with an input of {re.escape(str(shape))} for 4 samples: pass `batch_size=1`"
+    ):
+        estimate(model, data, target_modules=["body"])
+    expected = torch.zeros_like(model.body.weight)
+    for row in data:
+        loss = F.cross_entropy(model(row["x"][None]).logits, row["labels"][None])
+        expected += torch.autograd.grad(loss, model.body.weight)[0] ** 2 / len(data)
+    assert_scores(estimate(model, data, target_modules=["body"], batch_size=1), {"body": expected})
+
+
+def test_mean_gradients_ask_for_no_order():
+    torch.manual_seed(0)
+    model, data = TimeFirst(), [{"x": torch.randn(4, 5), "labels": torch.tensor(i % 3)} for i in range(6)]
+    model.main_input_name = "x"
+    first, second = (estimate(model, data, score="gradient", target_modules=["body"], batch_size=n) for n in (1, 4))
+    assert_scores(second, dict(first))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_outputs_may_be_written_to(bias):
+    class Masked(nn.Module):
+        main_input_name = "x"
+
         def __init__(self):
             super().__init__()
-            self.body, self.shift = nn.Linear(5, 3), nn.Linear(2, 3)
+            self.first, self.second = nn.Linear(5, 6), nn.Linear(6, 3, bias=bias)
 
         def forward(self, x):
-            return self.body(x) + self.shift(torch.ones(1, 2)).relu_()
+            y = self.second(self.first(x).tanh())
+            y[:, -1] = 0
+            return types.SimpleNamespace(logits=y.mul_(2).mean(1))
 
-    model = Biased()
-    collector = FisherCollector({"shift": model.shift}, "fisher", 256)
-    with collector.collecting(model), pytest.raises(ValueError, match="got shift with 1 rows for 6 samples"):
-        logits = types.SimpleNamespace(logits=model(torch.randn(6, 5)))
-        collector.add(per_sample_cross_entropy(logits, torch.arange(6) % 3))
+    model, data = Masked(), [{"x": torch.randn(4, 5), "labels": torch.tensor(i % 3)} for i in range(5)]
+    scores = estimate(model, data, target_modules=["first", "second"])
+    for name in scores:
+        expected = torch.zeros_like(scores[name])
+        for row in data:
+            loss = F.cross_entropy(model(row["x"][None]).logits, row["labels"][None])
+            expected += torch.autograd.grad(loss, model.get_submodule(name).weight)[0] ** 2 / len(data)
+        torch.testing.assert_close(scores[name], expected)
+
+
+def test_linears_that_return_no_tensor_are_refused():
+    class Router(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), None
+
+    router = nn.Sequential(Router(3, 3))
+    collector = FisherCollector({"0": router[0]}, "fisher", 256)
+    with collector.collecting(router), pytest.raises(ValueError, match="got 0, which returns a tuple"):
+        router(torch.randn(2, 3))
+
+
+def test_a_batch_without_samples_adds_nothing():
+    model = nn.Sequential(nn.Linear(5, 3))
+    collector = FisherCollector({"0": model[0]}, "fisher", 256)
+    with collector.collecting(model):
+        for count in (0, 2):
+            outputs = types.SimpleNamespace(logits=model(torch.ones(count, 5)))
+            collector.add(per_sample_cross_entropy(outputs, torch.zeros(count, dtype=torch.int64)))
+    assert collector.num_samples == 2
+    assert collector.sums["0"].isfinite().all()
 
 
 def test_the_first_output_may_be_overwritten():
@@ -306,10 +398,10 @@ def test_checkpointing_that_goes_on_in_evaluation_is_refused(tiny_vit, labelled_
 
 
 def test_a_linear_that_is_called_twice_is_refused():
-    layer = nn.Linear(3, 3)
-    collector = FisherCollector({"0": layer}, "fisher", 256)
-    with collector.collecting(layer), pytest.raises(ValueError, match=r"once per .*pass, got two calls of 0"):
-        layer(layer(torch.randn(2, 3)))
+    model = nn.Sequential(nn.Linear(3, 3))
+    collector = FisherCollector({"0": model[0]}, "fisher", 256)
+    with collector.collecting(model), pytest.raises(ValueError, match=r"once per .*pass, got two calls of 0"):
+        model(model(torch.randn(2, 3)))
 
 
 def test_losses_are_per_sample():
@@ -359,7 +451,28 @@ def test_linears_that_are_read_without_a_call_are_named(caplog):
     assert not caplog.records
     scores = estimate(Net(), data, target_modules=["out_proj", "mlp"])
     assert not scores["attention.out_proj"].any()
-    assert "does not depend on 1 of the targeted linears, of which attention.out_proj is the first" in caplog.text
+    assert "has not called 1 of the targeted linears, of which attention.out_proj is the first" in caplog.text
+    with pytest.raises(ValueError, match="must name linears that the model calls, got none"):
+        estimate(Net(), data, target_modules=["out_proj"])
+
+
+def test_a_layer_that_the_model_reaches_by_another_way_is_named(caplog):
+    class Listed(nn.Module):
+        main_input_name = "x"
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 6), nn.Linear(6, 3)
+            self.steps = (self.a, self.b)
+
+        def forward(self, x):
+            return types.SimpleNamespace(logits=self.steps[1](self.a(x).tanh()))
+
+    model = get_peft_model(Listed(), TRPTSConfig(target_modules=["a", "b"]))
+    scores = estimate(model, [{"x": torch.randn(5), "labels": torch.tensor(i % 3)} for i in range(5)])
+    assert scores["a"].any()
+    assert not scores["b"].any()
+    assert "of which b is the first" in caplog.text
 
 
 def test_a_head_of_zeros_is_refused(tiny_vit, labelled_images):

@@ -7,7 +7,6 @@ import logging
 import os
 import subprocess
 import sys
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -307,23 +306,43 @@ def test_merge_and_unmerge_are_exact(dtype: torch.dtype) -> None:
     assert torch.equal(model(images).logits, before)
 
 
-def test_linears_that_evaluation_would_read_past_the_adapter_are_refused() -> None:
-    encoder = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 2))
-    message = "`target_modules` must name linears that the model calls, got 0.linear1 of an nn.TransformerEncoderLayer"
+def encoder_and_head(**options: Any) -> nn.Module:
+    return nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, **{"batch_first": True, **options}), nn.Linear(8, 2))
+
+
+@pytest.mark.parametrize("targets", [["linear1", "1"], "all-linear"])
+def test_linears_that_evaluation_would_read_past_the_adapter_are_refused(targets: Any) -> None:
+    encoder = encoder_and_head()
+    message = r"must name linears that the model calls, got 0.linear1 of an nn.TransformerEncoderLayer"
     with pytest.raises(TypeError, match=message):
-        get_peft_model(encoder, TRPTSConfig(target_modules=["linear1", "1"]))
+        get_peft_model(encoder, TRPTSConfig(target_modules=targets))
     assert not linears(encoder)
-    get_peft_model(encoder, TRPTSConfig(target_modules=["linear1", "1"], exclude_modules=["linear1"]))
-    assert set(linears(encoder)) == {"1"}
 
 
-def test_merging_into_tied_embeddings_warns() -> None:
-    base = nn.Sequential(OrderedDict(embed_tokens=nn.Embedding(7, 5), lm_head=nn.Linear(5, 7)))
-    base.lm_head.weight = base.embed_tokens.weight
-    base.config = {"tie_word_embeddings": True, "model_type": "custom"}  # type: ignore[assignment]
-    model = get_peft_model(base, TRPTSConfig(target_modules=["lm_head"]))
-    with pytest.warns(UserWarning, match="tie_word_embeddings"):
-        model.merge_adapter()
+def test_linears_of_an_encoder_without_a_fast_path_are_adapted(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(nn.TransformerEncoderLayer):
+        def forward(self, src: Tensor) -> Tensor:  # type: ignore[override]
+            return self.linear2(self.linear1(src))
+
+    config = TRPTSConfig(target_modules=["linear1"])
+    for encoder in (encoder_and_head(batch_first=False), Own(8, 2, 16, batch_first=True)):
+        assert len(linears(get_peft_model(encoder, config))) == 1
+    monkeypatch.setattr(torch.backends.mha, "get_fastpath_enabled", lambda: False)
+    assert len(linears(get_peft_model(encoder_and_head(), config))) == 1
+
+
+def test_an_adapter_that_attention_never_calls_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    get_peft_model(encoder_and_head(), TRPTSConfig(target_modules=["1"]))
+    assert "reads the weight" not in caplog.text
+    get_peft_model(encoder_and_head(), TRPTSConfig(target_modules=["out_proj", "1"]))
+    assert "reads the weight of 0.self_attn.out_proj without a call" in caplog.text
+
+
+def test_computed_weights_are_refused() -> None:
+    base = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), nn.Linear(3, 2))
+    with pytest.raises(TypeError, match="got 0, whose weight is computed from others"):
+        get_peft_model(base, TRPTSConfig(target_modules=["0", "1"]))
+    assert not linears(base)
 
 
 def test_disabling_a_merged_adapter_is_exact() -> None:

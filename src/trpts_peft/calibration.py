@@ -17,7 +17,7 @@ from torch import nn
 from .checkpoint import adapted_linears
 from .config import TRPTSConfig
 from .data import Batches, check_whole, of_first_process, processes
-from .fisher import FisherCollector, FisherScores, LossFn
+from .fisher import FisherScores, LossFn
 from .head import Head, find_head, num_labels
 from .layer import TRPTSLinear
 from .measurement import (
@@ -113,8 +113,9 @@ def _measured(
 ) -> FisherScores:
     assert batches is not None
     linears = targeted_linears(base, config, adapter_name)
-    collector = FisherCollector(linears, config.importance, workspace_mb)
-    return measure(base, batches, collector, labels=labels, loss_fn=loss_fn, progress=progress)
+    return measure(
+        base, batches, linears, config.importance, labels, loss_fn, workspace_mb=workspace_mb, progress=progress
+    )
 
 
 def _checked_scores(

@@ -83,15 +83,22 @@ class FisherCollector:
     """Adds up the scores of some linears while a model runs forward and backward.
 
     Args:
-        linears: {name: nn.Linear} to score.
+        linears: {name in the model that is watched: nn.Linear} to score; under a name may be a layer around the linear.
         score: `"fisher"` for Σ_b (∂L_b/∂W)², `"gradient"` for Σ_b ∂L_b/∂W.
         workspace_mb: bound in MiB on per-sample gradients held at a time.
+        known_layout: every linear is known to see one sample after the other. Else the gradient of a first sample
+            alone tells, in the first batch of several.
+
+    Attributes:
+        called: names of the linears that have been called.
 
     The sums are float64, 8 bytes for each weight that is scored: what they add up to then does not depend on how the
     samples were shared out among processes.
     """
 
-    def __init__(self, linears: Mapping[str, nn.Linear], score: str, workspace_mb: float) -> None:
+    def __init__(
+        self, linears: Mapping[str, nn.Linear], score: str, workspace_mb: float, *, known_layout: bool = False
+    ) -> None:
         self.linears = dict(linears)
         self.score = score
         self.workspace_mb = workspace_mb
@@ -100,14 +107,24 @@ class FisherCollector:
             name: torch.zeros(linear.weight.shape, dtype=torch.float64, device=_sums_device(linear.weight.device))
             for name, linear in self.linears.items()
         }
+        self.called: set[str] = set()
         self._seen: set[str] = set()
         self._batch_size = 0  # of the pass that runs backward
+        self._known_layout = known_layout or score == "gradient"  # which is the same in any order
+        self._receive: Callable[[str, Tensor, Tensor], None] = self._accumulate
 
     def add(self, loss: Tensor) -> None:
         """Run backward from the per-sample losses (B,) of the last forward pass."""
         self._batch_size = loss.shape[0]
         self.num_samples += loss.shape[0]
-        loss.sum().backward()
+        if loss.shape[0] and not loss.requires_grad:
+            raise ValueError("`target_modules` must name linears that the model calls, got none of that kind.")
+        if loss.shape[0] > 1 and not self._known_layout:
+            self._receive = self._check_layout
+            loss[0].backward(retain_graph=True)
+            self._known_layout, self._receive = True, self._accumulate
+        if loss.shape[0]:
+            loss.sum().backward()
         self._seen.clear()
 
     @contextmanager
@@ -115,7 +132,7 @@ class FisherCollector:
         """Within, forward passes of `model` are watched; its parameters get no gradients. All is restored after."""
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         training = {module: module.training for module in model.modules()}
-        handles = [linear.register_forward_hook(self._hook(name)) for name, linear in self.linears.items()]
+        handles = [model.get_submodule(name).register_forward_hook(self._hook(name)) for name in self.linears]
         try:
             for parameter, _ in flags:
                 parameter.requires_grad_(False)
@@ -139,28 +156,42 @@ class FisherCollector:
                     f"`model` must call each targeted linear once per pass, got two calls of {name}: switch off "
                     "activation checkpointing that outlasts training mode, or do not target a linear that blocks share."
                 )
+            if not isinstance(output, Tensor):
+                raise ValueError(
+                    f"`target_modules` must name linears that return a tensor, got {name}, which returns a "
+                    f"{type(output).__name__}: leave it out, or list it in `exclude_modules`."
+                )
             self._seen.add(name)
+            self.called.add(name)
             if not output.requires_grad:  # nothing before is scored: the graph begins here; no leaf, as it may change
                 output = output + output.new_zeros(()).requires_grad_()
-            inputs = _for_backward(args[0])
-            output.register_hook(lambda grad: self._accumulate(name, inputs(), grad, self._batch_size))
+            inputs, shape = _for_backward(args[0]), output.shape
+            # What writes to a view in place takes its hooks away; those of what it is a view of stay.
+            whole = output._base if output._base is not None and output._base.numel() == output.numel() else output
+            whole.register_hook(lambda grad: self._receive(name, inputs(), grad.detach().view(shape)))
             return output
 
         return watch
 
-    def _accumulate(self, name: str, inputs: Tensor, grad: Tensor, batch_size: int) -> None:
-        if inputs.shape[0] % batch_size:
+    def _check_layout(self, name: str, inputs: Tensor, grad: Tensor) -> None:
+        """The gradient of the first sample's loss must lie in the first sample's rows: the first of B equal parts."""
+        rows, rest = divmod(inputs.shape[0], self._batch_size)
+        others = grad[rows:]
+        if rest or (others.any() and others.isfinite().all()):  # what is not finite is said of the scores
             raise ValueError(
-                f"`target_modules` must name linears that see one sample after the other, got {name} with "
-                f"{inputs.shape[0]} rows for {batch_size} samples: leave it out, or list it in `exclude_modules`."
+                f"`target_modules` must name linears that see one sample after the other, got {name} with an input of "
+                f"{tuple(inputs.shape)} for {self._batch_size} samples: pass `batch_size=1`, or leave it out."
             )
-        # The windows of a sample, where there are any, follow one another: (B · windows, T, features).
-        x, g = (part.reshape(batch_size, -1, part.shape[-1]).float() for part in (inputs, grad.detach()))
+
+    def _accumulate(self, name: str, inputs: Tensor, grad: Tensor) -> None:
+        x, g = inputs.float(), grad.float()
         with torch.autocast(x.device.type, enabled=False):  # 16 bits cannot hold the squares of gradients
             if self.score == "fisher":
+                # The windows of a sample, where there are any, follow one another: (B · windows, T, features).
+                x, g = (part.reshape(self._batch_size, -1, part.shape[-1]) for part in (x, g))
                 total = squared_gradient_sum(x, g, workspace_mb=self.workspace_mb)
             else:
-                total = g.flatten(0, 1).t() @ x.flatten(0, 1)
+                total = g.reshape(-1, g.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
             self.sums[name] += total.to(self.sums[name].device)
 
     def result(self, add_up: Callable[[Tensor], Tensor]) -> FisherScores:

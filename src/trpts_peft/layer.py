@@ -291,7 +291,7 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
             ValueError: `safe_merge` found an entry that is not finite.
         """
         base, all_columns, all_values, biases, originals, original_bias = self._parts()
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in all_values]
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.trpts_values]
         if safe_merge:
             self.check_merge(names)
         weight = base.weight.data

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -113,13 +113,16 @@ def _sampled_labels(logits: Tensor, index: int) -> Tensor:
 def measure(
     base: nn.Module,
     batches: Batches,
-    collector: FisherCollector,
-    *,
+    linears: Mapping[str, nn.Linear],
+    score: str,
     labels: str,
     loss_fn: LossFn | None,
+    *,
+    workspace_mb: float,
     progress: bool,
 ) -> FisherScores:
     """Run over this process's batches, then add up what all processes have collected."""
+    collector = FisherCollector(linears, score, workspace_mb, known_layout=find_family(base) is not None)
     with base_weights(base), collector.collecting(base):
         for k, batch in enumerate(batches.iterate("Fisher", progress)):
             targets = batch.pop("labels")
@@ -133,6 +136,14 @@ def measure(
             if loss.shape != targets.shape[:1]:
                 raise ValueError(f"`loss_fn` must return one loss per sample, got shape {tuple(loss.shape)}.")
             collector.add(loss)
+    idle = [name for name in linears if name not in collector.called]
+    if idle and batches.rank == 0:
+        logger.warning(
+            "The model has not called %d of the targeted linears, of which %s is the first: an adapter there is idle. "
+            "Leave them out of `target_modules`, or list them in `exclude_modules`.",
+            len(idle),
+            idle[0],
+        )
     scores = collector.result(sum_of_processes if batches.world > 1 else (lambda total: total))
     _check_measured(scores)
     return scores
@@ -142,18 +153,10 @@ def _check_measured(scores: FisherScores) -> None:
     for name, score in scores.items():
         if not math.isfinite(float(score.max())):  # of scores that are not negative; NaN is the largest
             raise ValueError(f"`model` must have finite gradients, got others in {name}: check weights and inputs.")
-    idle = [name for name, score in scores.items() if not score.any()]
-    if len(idle) == len(scores):
+    if not any(bool(score.any()) for score in scores.values()):
         raise ValueError(
             "`model` must have a gradient, got zero everywhere: its head is all zeros (fit it first, as `calibrate` "
             "does with `probe_head=True`), or it predicts every sample perfectly."
-        )
-    if idle:
-        logger.warning(
-            "The loss does not depend on %d of the targeted linears, of which %s is the first: an adapter changes "
-            "nothing there. Leave them out of `target_modules`, or list them in `exclude_modules`.",
-            len(idle),
-            idle[0],
         )
 
 
@@ -195,7 +198,7 @@ def estimate_fisher(
 
     Raises:
         ValueError: no samples, an input or `labels` missing, labels outside the head, scores all zero or not finite, no
-            targeted linear, or the model is sharded.
+            targeted linear, one that does not see one sample after the other, or the model is sharded.
         TypeError: `data` is neither a Dataset nor a DataLoader.
     """
     check_words(score=(score, SCORES), labels=(labels, LABELS))
@@ -205,8 +208,7 @@ def estimate_fisher(
     rank, world = processes(accelerator)
     linears = _linears_to_score(base, target_modules)
     batches = Batches(data, base, num_samples=num_samples, batch_size=batch_size, rank=rank, world=world)
-    collector = FisherCollector(linears, score, workspace_mb)
-    return measure(base, batches, collector, labels=labels, loss_fn=loss_fn, progress=progress)
+    return measure(base, batches, linears, score, labels, loss_fn, workspace_mb=workspace_mb, progress=progress)
 
 
 def _linears_to_score(base: nn.Module, target_modules: list[str] | str | None) -> dict[str, nn.Linear]:

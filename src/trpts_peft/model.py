@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
 from typing import Any, cast
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer, set_adapter
+import torch
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    onload_layer,
+    set_adapter,
+)
 from peft.utils import AuxiliaryTrainingWrapper
-from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
 
 from .checkpoint import adapted_linears, check_file, pack_columns, saved_module_tensors, unpack_columns
@@ -72,9 +78,10 @@ class TRPTSModel(BaseTuner):
             check_token_layers(model, layers, argument)
         if layers or (peft_config.connections is None and peft_config.token_layers):
             check_no_fixed_selection(model)
+        targets = _maybe_include_all_linear_layers(copy.copy(peft_config), model)
         adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         for name, module in model.named_modules():
-            if name.startswith(adapted) or not self._check_target_module_exists(peft_config, name):
+            if name.startswith(adapted) or not self._check_target_module_exists(targets, name):
                 continue
             _check_called(name, model.get_submodule(name.rpartition(".")[0]))
             _check_target(peft_config, name, module.get_base_layer() if isinstance(module, TRPTSLinear) else module)
@@ -187,15 +194,10 @@ class TRPTSModel(BaseTuner):
         _check_whole(layers)
         self._check_alike(_merged_with(layers, adapter_names or self.active_adapters), layers)
         _check_entries(layers if safe_merge else [], adapter_names or self.active_adapters)
-        self._check_merge_allowed()
+        self._check_merge_allowed()  # type: ignore[no-untyped-call]
         for layer in layers:
             with _onloaded(layer):
                 layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
-
-    def _check_merge_allowed(self) -> None:
-        """PEFT warns of tied embeddings, and to find them makes a dict of all of the model's config."""
-        if any(name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for name in self.targeted_module_names):
-            super()._check_merge_allowed()  # type: ignore[no-untyped-call]
 
     def unmerge_adapter(self) -> None:
         """Put back the base weights that merging has overwritten, to the bit."""
@@ -348,19 +350,21 @@ def _tuner_layers(model: nn.Module) -> list[Any]:
 def _find(module: nn.Module, kinds: tuple[type, ...]) -> list[Any]:
     """All modules of these kinds; what lies within those of TR-PTS, the larger part of all modules, is not visited."""
     found: list[Any] = []
-    for child in module.children():
-        kind: Any = type(child)
-        if _is_of(kind, kinds):
-            found.append(child)
-        if child._modules and not _is_of(kind, (TRPTSLayer,)):
-            found += _find(child, kinds)
+    kinds_of: dict[Any, tuple[bool, bool]] = {}  # PEFT's layers are abstract classes, which are slow to ask
+
+    def visit(module: nn.Module) -> None:
+        for child in module.children():
+            kind = type(child)
+            if kind not in kinds_of:
+                kinds_of[kind] = issubclass(kind, kinds), issubclass(kind, TRPTSLayer)
+            is_one, is_ours = kinds_of[kind]
+            if is_one:
+                found.append(child)
+            if child._modules and not is_ours:
+                visit(child)
+
+    visit(module)
     return found
-
-
-@cache
-def _is_of(kind: Any, kinds: tuple[Any, ...]) -> bool:
-    """Remembered: PEFT's layers are abstract classes, and to ask one of them takes several times as long."""
-    return issubclass(kind, kinds)
 
 
 class _Found:
@@ -411,11 +415,19 @@ def _count(config: TRPTSConfig, name: str, in_features: int) -> int:
 
 
 def _check_called(name: str, parent: nn.Module) -> None:
-    """Refuse a target whose weight is read without a call: it would train, and then not be heard."""
-    if isinstance(parent, nn.TransformerEncoderLayer):
+    """Refuse a target that trains but is not heard in evaluation; name one that is never heard.
+
+    torch's modules read the weights of linears inside them, in training (`nn.MultiheadAttention`) or on the fast path.
+    """
+    if isinstance(parent, nn.MultiheadAttention):
+        logger.warning("nn.MultiheadAttention reads the weight of %s without a call: an adapter there is idle.", name)
+    if not isinstance(parent, nn.TransformerEncoderLayer) or not torch.backends.mha.get_fastpath_enabled():
+        return
+    if type(parent).forward is nn.TransformerEncoderLayer.forward and parent.self_attn.batch_first:
         raise TypeError(
             f"`target_modules` must name linears that the model calls, got {name} of an nn.TransformerEncoderLayer, "
-            "which reads its weights past any adapter in evaluation: leave it out, or list it in `exclude_modules`."
+            "which reads its weights past any adapter in evaluation: call "
+            "`torch.backends.mha.set_fastpath_enabled(False)` first, or list it in `exclude_modules`."
         )
 
 
@@ -425,6 +437,11 @@ def _check_target(config: TRPTSConfig, name: str, module: nn.Module) -> None:
         raise TypeError(
             f"`target_modules` must name nn.Linear modules, got {name} of type {type(module).__name__}, "
             "which is not supported: leave it out, or list it in `exclude_modules`."
+        )
+    if "weight" not in module._parameters:
+        raise TypeError(
+            f"`target_modules` must name linears with a weight of their own, got {name}, whose weight is computed from "
+            "others at each call: remove the parametrization first."
         )
     if not module.weight.is_floating_point() or module.weight.shape != (module.out_features, module.in_features):
         raise TypeError(

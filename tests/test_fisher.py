@@ -298,14 +298,38 @@ class Padded(nn.Module):
         return types.SimpleNamespace(logits=self.head(self.body(rows)[:-1].tanh()))
 
 
+class Routed(nn.Module):
+    """An expert for those rows of all samples that have a positive number in front."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        chosen, y = x[..., 0] > 0, torch.zeros(*x.shape[:-1], 6)
+        y[chosen] = self.body(x[chosen])
+        return types.SimpleNamespace(logits=self.head(y.tanh().mean(1)))
+
+
 @pytest.mark.parametrize(
-    "model, shape", [(TimeFirst(), (4, 4, 5)), (Shared(4), (4, 5)), (Shared(1), (1, 5)), (Padded(), (5, 5))]
+    "model, rows, routed",
+    [
+        (TimeFirst(), (4, 4), [4, 4, 4, 4]),
+        (Shared(4), (4,), [4, 4, 4, 4]),
+        (Shared(1), (1,), [4, 4, 4, 4]),
+        (Padded(), (5,), [4, 4, 4, 4]),
+        (Routed(), (4,), [0, 2, 1, 1]),
+        (Routed(), (4,), [4, 0, 0, 0]),
+        (Routed(), (5,), [0, 2, 2, 1]),
+    ],
 )
-def test_linears_that_do_not_see_one_sample_after_the_other_are_refused(model, shape):
+def test_linears_that_do_not_see_one_sample_after_the_other_are_refused(model, rows, routed):
     model.main_input_name = "x"
-    data = [{"x": torch.randn(4, 5), "labels": torch.tensor(i % 3)} for i in range(6)]
+    data = [{"x": torch.randn(4, 5), "labels": torch.tensor(i % 3)} for i in range(4)]
+    for row, count in zip(data, routed, strict=True):
+        row["x"][:, 0] = torch.where(torch.arange(4) < count, 1.0, -1.0)
     with pytest.raises(
-        ValueError, match=rf"got body with an input of {re.escape(str(shape))} for 4 samples: pass `batch_size=1`"
+        ValueError, match=f"got body with rows {re.escape(str(rows))} for 4 samples: pass `batch_size=1`"
     ):
         estimate(model, data, target_modules=["body"])
     expected = torch.zeros_like(model.body.weight)
@@ -313,6 +337,15 @@ def test_linears_that_do_not_see_one_sample_after_the_other_are_refused(model, s
         loss = F.cross_entropy(model(row["x"][None]).logits, row["labels"][None])
         expected += torch.autograd.grad(loss, model.body.weight)[0] ** 2 / len(data)
     assert_scores(estimate(model, data, target_modules=["body"], batch_size=1), {"body": expected})
+
+
+def test_weights_that_are_no_numbers_are_not_taken_for_an_order():
+    model = Padded()
+    model.main_input_name = "x"
+    nn.init.constant_(model.head.weight, float("nan"))
+    data = [{"x": torch.randn(4, 5), "labels": torch.tensor(i % 3)} for i in range(4)]
+    with pytest.raises(ValueError, match="must have finite gradients, got others in head"):
+        estimate(model, data, target_modules=["head"])
 
 
 def test_mean_gradients_ask_for_no_order():

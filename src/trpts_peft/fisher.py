@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from os import PathLike
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -86,8 +87,8 @@ class FisherCollector:
         linears: {name in the model that is watched: nn.Linear} to score; under a name may be a layer around the linear.
         score: `"fisher"` for Σ_b (∂L_b/∂W)², `"gradient"` for Σ_b ∂L_b/∂W.
         workspace_mb: bound in MiB on per-sample gradients held at a time.
-        known_layout: every linear is known to see one sample after the other. Else the gradient of a first sample
-            alone tells, in the first batch of several.
+        known_layout: every linear is known to see one sample after the other. Else the gradients of the first sample
+            and of the others tell, in the first batch of several.
 
     Attributes:
         called: names of the linears that have been called.
@@ -120,8 +121,10 @@ class FisherCollector:
         if loss.shape[0] and not loss.requires_grad:
             raise ValueError("`target_modules` must name linears that the model calls, got none of that kind.")
         if loss.shape[0] > 1 and not self._known_layout:
-            self._receive = self._check_layout
+            self._receive = partial(self._check_layout, slice(1, None))
             loss[0].backward(retain_graph=True)
+            self._receive = partial(self._check_layout, slice(0, 1))
+            loss[1:].sum().backward(retain_graph=True)
             self._known_layout, self._receive = True, self._accumulate
         if loss.shape[0]:
             loss.sum().backward()
@@ -173,22 +176,29 @@ class FisherCollector:
 
         return watch
 
-    def _check_layout(self, name: str, inputs: Tensor, grad: Tensor) -> None:
-        """The gradient of the first sample's loss must lie in the first sample's rows: the first of B equal parts."""
-        rows, rest = divmod(inputs.shape[0], self._batch_size)
-        others = grad[rows:]
-        if rest or (others.any() and others.isfinite().all()):  # what is not finite is said of the scores
-            raise ValueError(
-                f"`target_modules` must name linears that see one sample after the other, got {name} with an input of "
-                f"{tuple(inputs.shape)} for {self._batch_size} samples: pass `batch_size=1`, or leave it out."
-            )
+    def _check_layout(self, others: slice, name: str, inputs: Tensor, grad: Tensor) -> None:
+        """With B equal parts of all rows, one a sample, those of samples without a loss must have no gradient."""
+        foreign = self._by_sample(name, grad)[others]
+        if foreign.any() and foreign.isfinite().all():  # what is not finite is said of the scores
+            self._refuse_layout(name, inputs)
+
+    def _by_sample(self, name: str, rows: Tensor) -> Tensor:
+        """(B, T, features); the windows of a sample, where there are any, follow one another: (B · windows, T, ...)."""
+        if rows.shape[0] % self._batch_size:
+            self._refuse_layout(name, rows)
+        return rows.reshape(self._batch_size, -1, rows.shape[-1])
+
+    def _refuse_layout(self, name: str, rows: Tensor) -> NoReturn:
+        raise ValueError(
+            f"`target_modules` must name linears that see one sample after the other, got {name} with rows "
+            f"{tuple(rows.shape[:-1])} for {self._batch_size} samples: pass `batch_size=1`, or leave it out."
+        )
 
     def _accumulate(self, name: str, inputs: Tensor, grad: Tensor) -> None:
         x, g = inputs.float(), grad.float()
         with torch.autocast(x.device.type, enabled=False):  # 16 bits cannot hold the squares of gradients
             if self.score == "fisher":
-                # The windows of a sample, where there are any, follow one another: (B · windows, T, features).
-                x, g = (part.reshape(self._batch_size, -1, part.shape[-1]) for part in (x, g))
+                x, g = self._by_sample(name, x), self._by_sample(name, g)
                 total = squared_gradient_sum(x, g, workspace_mb=self.workspace_mb)
             else:
                 total = g.reshape(-1, g.shape[-1]).t() @ x.reshape(-1, x.shape[-1])

@@ -169,9 +169,7 @@ class FisherCollector:
             if not output.requires_grad:  # nothing before is scored: the graph begins here; no leaf, as it may change
                 output = output + output.new_zeros(()).requires_grad_()
             inputs, shape = _for_backward(args[0]), output.shape
-            # What writes to a view in place takes its hooks away; those of what it is a view of stay.
-            whole = output._base if output._base is not None and output._base.numel() == output.numel() else output
-            whole.register_hook(lambda grad: self._receive(name, inputs(), grad.detach().view(shape)))
+            _unviewed(output).register_hook(lambda grad: self._receive(name, inputs(), grad.detach().reshape(shape)))
             return output
 
         return watch
@@ -225,6 +223,12 @@ class FisherCollector:
 def _sums_device(device: torch.device) -> torch.device:
     """Where sums in float64 lie: Apple's GPUs have no such numbers."""
     return torch.device("cpu") if device.type == "mps" else device
+
+
+def _unviewed(output: Tensor) -> Tensor:
+    """What holds the output's entries in their order: to write to a view in place takes away its hooks, not those."""
+    base = output._base
+    return base if base is not None and base.numel() == output.numel() and output.is_contiguous() else output
 
 
 def _for_backward(inputs: Tensor) -> Callable[[], Tensor]:

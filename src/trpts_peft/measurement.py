@@ -136,6 +136,8 @@ def measure(
             if loss.shape != targets.shape[:1]:
                 raise ValueError(f"`loss_fn` must return one loss per sample, got shape {tuple(loss.shape)}.")
             collector.add(loss)
+    scores = collector.result(sum_of_processes if batches.world > 1 else (lambda total: total))
+    _check_measured(scores)
     idle = [name for name in linears if name not in collector.called]
     if idle and batches.rank == 0:
         logger.warning(
@@ -144,8 +146,6 @@ def measure(
             len(idle),
             idle[0],
         )
-    scores = collector.result(sum_of_processes if batches.world > 1 else (lambda total: total))
-    _check_measured(scores)
     return scores
 
 

@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import AutoPeftModel, LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
-from transformers import ViTForImageClassification
+from transformers import PreTrainedConfig, ViTForImageClassification
 
 from conftest import LabelledImages, build_images, build_vit
 from trpts_peft import TRPTSConfig, apply_token_selection, calibrate
@@ -750,6 +751,27 @@ def test_linears_that_share_a_weight_are_unmerged_in_the_opposite_order() -> Non
     model.merge_adapter()
     model.unmerge_adapter()
     assert torch.equal(base[0].base_layer.weight, before)
+
+
+def test_a_block_in_two_places_is_merged_once() -> None:
+    block = nn.Sequential(nn.Linear(6, 6))
+    base = nn.Sequential(nn.Sequential(block), nn.Tanh(), nn.Sequential(block))
+    model = get_peft_model(base, TRPTSConfig(target_modules=["0.0.0"], init_weights=False)).eval()
+    inputs = torch.randn(2, 6)
+    expected = model(inputs)
+    model.merge_adapter()
+    torch.testing.assert_close(model(inputs), expected)
+    model.unmerge_adapter()
+    assert torch.equal(model(inputs), expected)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_merging_into_tied_embeddings_is_warned_of(tied: bool) -> None:
+    base = nn.ModuleDict({"lm_head": nn.Linear(6, 6)})
+    base.config = PreTrainedConfig(tie_word_embeddings=tied)
+    model = get_peft_model(base, TRPTSConfig(target_modules=["lm_head"]))
+    with pytest.warns(UserWarning, match="tie_word_embeddings") if tied else nullcontext():
+        model.merge_adapter()
 
 
 def test_autocast() -> None:

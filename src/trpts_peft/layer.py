@@ -43,12 +43,9 @@ def _autocasts(x: Tensor) -> bool:
     return not x.is_meta and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
 
 
-class _Overwritten(BufferDict):
-    """Buffers that come and go with every switch of adapters, spared the questions that a new buffer is asked."""
-
-    def __setitem__(self, key: str, buffer: Tensor) -> None:
-        self._non_persistent_buffers_set.add(key)
-        self._buffers[key] = buffer
+def _converted(tensor: Tensor, like: Tensor) -> Tensor:
+    """In the dtype of another; to ask first takes less time than a conversion that changes nothing."""
+    return tensor if tensor.dtype == like.dtype else tensor.to(like.dtype)
 
 
 class TRPTSLinear(nn.Module, TRPTSLayer):
@@ -83,8 +80,8 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         self.trpts_fingerprint = BufferDict(persistent=True)
         self.trpts_used = BufferDict(persistent=False)
         self.trpts_slots = BufferDict(persistent=False)
-        self.trpts_originals = _Overwritten(persistent=False)
-        self.trpts_original_bias = _Overwritten(persistent=False)
+        self.trpts_originals = BufferDict(persistent=False)
+        self.trpts_original_bias = BufferDict(persistent=False)
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
@@ -110,6 +107,8 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
             bias = torch.zeros(self.out_features) if init_weights else torch.randn(self.out_features)
             self.trpts_bias[adapter_name] = nn.Parameter(bias)
         self.trpts_fingerprint[adapter_name] = self.base_fingerprint()
+        for overwritten in (self.trpts_originals, self.trpts_original_bias):
+            overwritten._non_persistent_buffers_set.add(adapter_name)  # `merge` puts them past the slow registration
         self.refresh(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -145,7 +144,7 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
                 trains = name in names and not inference_mode
                 if parameter.requires_grad != trains and parameter.is_leaf:  # FSDP's may be no leaves
                     parameter.requires_grad_(trains)
-        self._active_adapter = names
+        vars(self)["_active_adapter"] = names  # nn.Module would ask whether it is a parameter, a module or a buffer
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget all that belongs to the adapter."""
@@ -291,18 +290,18 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
             ValueError: `safe_merge` found an entry that is not finite.
         """
         base, all_columns, all_values, biases, originals, original_bias = self._parts()
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.trpts_values]
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in all_values]
         if safe_merge:
             self.check_merge(names)
-        weight = base.weight.data
+        weight = base["weight"].data
         for name in names:
             columns = all_columns[name]
             originals[name] = weight.gather(1, columns)
-            weight.scatter_add_(1, columns, all_values[name].data.to(weight.dtype))
+            weight.scatter_add_(1, columns, _converted(all_values[name].data, weight))
             if name in biases:
-                bias = base.bias.data
+                bias = base["bias"].data
                 original_bias[name] = bias.clone()
-                bias.add_(biases[name].data.to(bias.dtype))
+                bias.add_(_converted(biases[name].data, bias))
             self.merged_adapters.append(name)
 
     def check_merge(self, adapter_names: list[str]) -> None:
@@ -323,25 +322,23 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         base, all_columns, _, _, originals, original_bias = self._parts()
-        weight = base.weight.data
+        weight = base["weight"].data
         while self.merged_adapters:
             name = self.merged_adapters.pop()
-            columns = all_columns[name]
-            weight.gather(1, columns)  # loads wait for memory together, stores for one another: load first
-            weight.scatter_(1, columns, originals.pop(name))
-            if name in original_bias._buffers:
-                base.bias.data.copy_(original_bias.pop(name))
+            weight.scatter_(1, all_columns[name], originals.pop(name))
+            if name in original_bias:
+                base["bias"].data.copy_(original_bias.pop(name))
 
     def _parts(self) -> tuple[Any, ...]:
         """What merging works with, past the slow lookup of nn.Module."""
         parts: dict[str, Any] = cast(dict[str, Any], self._modules)
         return (
-            parts["base_layer"],
+            parts["base_layer"]._parameters,
             parts["trpts_columns"]._buffers,
             parts["trpts_values"]._parameters,
             parts["trpts_bias"]._parameters,
-            parts["trpts_originals"],
-            parts["trpts_original_bias"],
+            parts["trpts_originals"]._buffers,
+            parts["trpts_original_bias"]._buffers,
         )
 
     def get_delta_weight(self, adapter: str) -> Tensor:

@@ -194,7 +194,7 @@ class TRPTSModel(BaseTuner):
         _check_whole(layers)
         self._check_alike(_merged_with(layers, adapter_names or self.active_adapters), layers)
         _check_entries(layers if safe_merge else [], adapter_names or self.active_adapters)
-        self._check_merge_allowed()  # type: ignore[no-untyped-call]
+        self._check_merge_allowed()
         for layer in layers:
             with _onloaded(layer):
                 layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
@@ -204,6 +204,11 @@ class TRPTSModel(BaseTuner):
         for layer in reversed(_tuner_layers(self.model)):  # two that share a weight have merged one after the other
             with _onloaded(layer):
                 layer.unmerge()
+
+    def _check_merge_allowed(self) -> None:
+        """As PEFT's, which composes its warning of tied embeddings before it asks whether there are any."""
+        if getattr(getattr(self.model, "config", None), "tie_word_embeddings", True):
+            super()._check_merge_allowed()  # type: ignore[no-untyped-call]
 
     def _check_alike(self, adapter_names: list[str], layers: list[Any] | None = None) -> None:
         for layer in _tuner_layers(self.model) if layers is None else layers:
@@ -349,22 +354,22 @@ def _tuner_layers(model: nn.Module) -> list[Any]:
 
 def _find(module: nn.Module, kinds: tuple[type, ...]) -> list[Any]:
     """All modules of these kinds; what lies within those of TR-PTS, the larger part of all modules, is not visited."""
-    found: list[Any] = []
+    found: dict[Any, None] = {}  # in their order, each once
     kinds_of: dict[Any, tuple[bool, bool]] = {}  # PEFT's layers are abstract classes, which are slow to ask
 
     def visit(module: nn.Module) -> None:
-        for child in module.children():
+        for child in module._modules.values():
             kind = type(child)
             if kind not in kinds_of:
                 kinds_of[kind] = issubclass(kind, kinds), issubclass(kind, TRPTSLayer)
             is_one, is_ours = kinds_of[kind]
             if is_one:
-                found.append(child)
-            if child._modules and not is_ours:
+                found[child] = None
+            if child is not None and child._modules and not is_ours:
                 visit(child)
 
     visit(module)
-    return found
+    return list(found)
 
 
 class _Found:

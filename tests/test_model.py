@@ -7,7 +7,6 @@ import logging
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,10 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import AutoPeftModel, LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import PreTrainedConfig, ViTForImageClassification
 
 from conftest import LabelledImages, build_images, build_vit
@@ -765,13 +766,31 @@ def test_a_block_in_two_places_is_merged_once() -> None:
     assert torch.equal(model(inputs), expected)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_merging_into_tied_embeddings_is_warned_of(tied: bool) -> None:
+def test_merging_into_a_tied_embedding_is_warned_of() -> None:
     base = nn.ModuleDict({"lm_head": nn.Linear(6, 6)})
-    base.config = PreTrainedConfig(tie_word_embeddings=tied)
+    base.config = PreTrainedConfig(tie_word_embeddings=True)
     model = get_peft_model(base, TRPTSConfig(target_modules=["lm_head"]))
-    with pytest.warns(UserWarning, match="tie_word_embeddings") if tied else nullcontext():
+    with pytest.warns(UserWarning, match="tie_word_embeddings"):
         model.merge_adapter()
+
+
+def test_merging_does_not_compose_a_warning_that_cannot_be_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapter()
+    monkeypatch.delattr(BaseTuner, "_check_merge_allowed")
+    model.merge_adapter()
+    assert all(linear.merged for linear in linears(model).values())
+
+
+def test_wrapped_base_layers_are_merged_and_unmerged() -> None:
+    model = adapter()
+    expected, weights = predict(model), {}
+    for name, linear in linears(model).items():
+        linear.base_layer = checkpoint_wrapper(linear.base_layer)  # finds weight and bias by `__getattr__` only
+        weights[name] = linear.base_layer.weight.clone()
+    model.merge_adapter()
+    torch.testing.assert_close(predict(model), expected, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    assert all(torch.equal(linear.base_layer.weight, weights[name]) for name, linear in linears(model).items())
 
 
 def test_autocast() -> None:

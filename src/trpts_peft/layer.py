@@ -48,6 +48,12 @@ def _converted(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor if tensor.dtype == like.dtype else tensor.to(like.dtype)
 
 
+def _parameter(base: nn.Module, name: str) -> Tensor:
+    """A weight or bias of the base layer, past the slow lookup of nn.Module unless a wrapper has to be asked."""
+    own = base._parameters.get(name)
+    return getattr(base, name) if own is None else own
+
+
 class TRPTSLinear(nn.Module, TRPTSLayer):
     """A frozen linear layer with the sparse updates of its adapters, y = x (W + Δ)ᵀ + b + Δb (eqs. 12 to 14).
 
@@ -107,8 +113,9 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
             bias = torch.zeros(self.out_features) if init_weights else torch.randn(self.out_features)
             self.trpts_bias[adapter_name] = nn.Parameter(bias)
         self.trpts_fingerprint[adapter_name] = self.base_fingerprint()
-        for overwritten in (self.trpts_originals, self.trpts_original_bias):
-            overwritten._non_persistent_buffers_set.add(adapter_name)  # `merge` puts them past the slow registration
+        for buffers in (self.trpts_originals, self.trpts_original_bias):
+            # `merge` writes to `_buffers`, past the slow registration: without this the state dict would hold them.
+            buffers._non_persistent_buffers_set.add(adapter_name)
         self.refresh(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -293,13 +300,13 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in all_values]
         if safe_merge:
             self.check_merge(names)
-        weight = base["weight"].data
+        weight = _parameter(base, "weight").data
         for name in names:
             columns = all_columns[name]
             originals[name] = weight.gather(1, columns)
             weight.scatter_add_(1, columns, _converted(all_values[name].data, weight))
             if name in biases:
-                bias = base["bias"].data
+                bias = _parameter(base, "bias").data
                 original_bias[name] = bias.clone()
                 bias.add_(_converted(biases[name].data, bias))
             self.merged_adapters.append(name)
@@ -322,18 +329,18 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         base, all_columns, _, _, originals, original_bias = self._parts()
-        weight = base["weight"].data
+        weight = _parameter(base, "weight").data
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             weight.scatter_(1, all_columns[name], originals.pop(name))
             if name in original_bias:
-                base["bias"].data.copy_(original_bias.pop(name))
+                _parameter(base, "bias").data.copy_(original_bias.pop(name))
 
     def _parts(self) -> tuple[Any, ...]:
-        """What merging works with, past the slow lookup of nn.Module."""
+        """Base layer, columns, values, biases and what merging has overwritten, past the slow lookup of nn.Module."""
         parts: dict[str, Any] = cast(dict[str, Any], self._modules)
         return (
-            parts["base_layer"]._parameters,
+            parts["base_layer"],
             parts["trpts_columns"]._buffers,
             parts["trpts_values"]._parameters,
             parts["trpts_bias"]._parameters,

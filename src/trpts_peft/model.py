@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import (
     set_adapter,
 )
 from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
 
 from .checkpoint import adapted_linears, check_file, pack_columns, saved_module_tensors, unpack_columns
@@ -206,8 +207,8 @@ class TRPTSModel(BaseTuner):
                 layer.unmerge()
 
     def _check_merge_allowed(self) -> None:
-        """As PEFT's, which composes its warning of tied embeddings before it asks whether there are any."""
-        if getattr(getattr(self.model, "config", None), "tie_word_embeddings", True):
+        """As PEFT's, which composes its warning of tied embeddings before it asks whether one is adapted."""
+        if any(name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for name in self.targeted_module_names):
             super()._check_merge_allowed()  # type: ignore[no-untyped-call]
 
     def _check_alike(self, adapter_names: list[str], layers: list[Any] | None = None) -> None:
@@ -354,22 +355,26 @@ def _tuner_layers(model: nn.Module) -> list[Any]:
 
 def _find(module: nn.Module, kinds: tuple[type, ...]) -> list[Any]:
     """All modules of these kinds; what lies within those of TR-PTS, the larger part of all modules, is not visited."""
-    found: dict[Any, None] = {}  # in their order, each once
+    found: list[Any] = []
+    seen: set[nn.Module] = set()
     kinds_of: dict[Any, tuple[bool, bool]] = {}  # PEFT's layers are abstract classes, which are slow to ask
 
     def visit(module: nn.Module) -> None:
         for child in module._modules.values():
+            if child is None or child in seen:
+                continue
+            seen.add(child)
             kind = type(child)
             if kind not in kinds_of:
                 kinds_of[kind] = issubclass(kind, kinds), issubclass(kind, TRPTSLayer)
             is_one, is_ours = kinds_of[kind]
             if is_one:
-                found[child] = None
-            if child is not None and child._modules and not is_ours:
+                found.append(child)
+            if child._modules and not is_ours:
                 visit(child)
 
     visit(module)
-    return list(found)
+    return found
 
 
 class _Found:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import AutoPeftModel, LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTuner
@@ -710,6 +711,19 @@ def test_weights_that_accelerate_has_moved_away_are_fetched_to_merge(safe_merge:
     for name, linear in linears(model).items():
         assert not linear.merged
         assert all(torch.equal(kept[name][key], tensor) for key, tensor in before[name].items())
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_linears_that_accelerate_fetches_as_a_whole_are_not_merged(merged: bool) -> None:
+    model = adapter()
+    if merged:
+        model.merge_adapter()
+    expected = predict(model)
+    cpu_offload(model, torch.device("cpu"), preload_module_classes=["TRPTSLinear"])
+    with pytest.raises(ValueError, match="offloaded as a whole"):
+        (model.unmerge_adapter if merged else model.merge_adapter)()
+    assert all(linear.merged == merged for linear in linears(model).values())
+    assert torch.equal(predict(model), expected)
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import attach_execution_device_hook
 from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import (
@@ -405,6 +406,49 @@ def test_a_bare_backbone_selects_too() -> None:
     model = build_vit(model_class=ViTModel)
     apply_token_selection(model, {0: 0.5})
     assert model(build_images()).last_hidden_state.shape[1] == 1 + 32 + 1
+
+
+# ---- what others put around a block ----
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov2"])
+@pytest.mark.parametrize("hooked_first", [False, True])
+def test_under_hooks_of_accelerate(family: str, hooked_first: bool) -> None:
+    model = build_vit(family)
+    for step in (apply_hooks, select_tokens) if hooked_first else (select_tokens, apply_hooks):
+        step(model)
+    assert torch.equal(predict(model), predict(reduced(family)))
+    apply_token_selection(model, {})
+    assert torch.equal(predict(model), predict(build_vit(family)))
+
+
+def apply_hooks(model: nn.Module) -> None:
+    attach_execution_device_hook(model, "cpu")  # as for a model that is spread over devices
+
+
+def select_tokens(model: nn.Module) -> None:
+    apply_token_selection(model, RATES)
+
+
+@pytest.mark.parametrize("part", ["", ".attention"])
+def test_a_replaced_forward_is_refused(part: str) -> None:
+    model = build_vit()
+    module = model.get_submodule(f"vit.layers.2{part}")
+    module.forward = torch.compile(module.forward, backend="eager")
+    expected = predict(model)
+    for victim in (apply_token_selection, lambda model, rates: adapter(model, token_layers=list(rates))):
+        with pytest.raises(ValueError, match=r"`(keep_rates|token_layers)` must be of blocks that run the `forward`"):
+            victim(model, {0: 0.5})
+    apply_token_selection(model, {})
+    assert torch.equal(predict(model), expected)
+
+
+def test_a_forward_replaced_afterwards_selects_on() -> None:
+    model = reduced(rates={1: 0.5})
+    block = blocks(model)[1]
+    block.forward = torch.compile(block.forward, backend="eager")
+    apply_token_selection(model, {1: 0.3})
+    assert torch.equal(predict(model), predict(reduced(rates={1: 0.3})))
 
 
 # ---- classes, names, state ----

@@ -202,7 +202,9 @@ class TRPTSModel(BaseTuner):
 
     def unmerge_adapter(self) -> None:
         """Put back the base weights that merging has overwritten, to the bit."""
-        for layer in reversed(_tuner_layers(self.model)):  # two that share a weight have merged one after the other
+        layers = _tuner_layers(self.model)
+        _check_present(layers)
+        for layer in reversed(layers):  # two that share a weight have merged one after the other
             with _onloaded(layer):
                 layer.unmerge()
 
@@ -390,6 +392,17 @@ class _Found:
 def _check_whole(layers: list[Any]) -> None:
     """Refuse sharded layers. The first linear tells: whatever shards a model takes all of its parameters."""
     check_whole(next(layer for layer in layers if isinstance(layer, TRPTSLinear)))
+    _check_present(layers)
+
+
+def _check_present(layers: list[Any]) -> None:
+    """Refuse linears that accelerate fetches as a whole: `_onloaded` does so for base layers, as PEFT does."""
+    hooked = [layer for layer in layers if "_hf_hook" in vars(layer) and isinstance(layer, TRPTSLinear)]
+    if any(layer.base_layer.weight.is_meta for layer in hooked):
+        raise ValueError(
+            "`model` must hold the weights that merging writes to, got one whose adapted linears are offloaded as a "
+            "whole (`preload_module_classes`): merge before it is offloaded, or in a model loaded anew."
+        )
 
 
 def _merged_with(layers: list[Any], adapter_names: list[str]) -> list[str]:

@@ -8,6 +8,7 @@ also gets a child module `token_selection`, which knows the rate. Removing the s
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -180,6 +181,12 @@ class AdapterTokenSelection(TokenSelection, TRPTSLayer):
         return f"keep_rates={self.keep_rates}"
 
 
+class _Sink:
+    """Takes what the attention hands out. No list: hooks of accelerate pass on copies of those."""
+
+    importance: Tensor
+
+
 class _SelectingLayer(nn.Module):
     """A block that may select tokens, or that stands behind one that does. Mixed into the family's own class."""
 
@@ -192,9 +199,9 @@ class _SelectingLayer(nn.Module):
             stock: Tensor = super().forward(hidden_states, mask, **kwargs)
             return stock
         _refuse_padding(mask)
-        sink: list[Tensor] = []
+        sink = _Sink()
         attended = self.family.attend(self, hidden_states, mask, importance_sink=sink, **kwargs)
-        refined, _ = selection(attended, sink[0][:, selection.num_prefix_tokens :])
+        refined, _ = selection(attended, sink.importance[:, selection.num_prefix_tokens :])
         return self.family.transform(self, refined)
 
 
@@ -207,7 +214,7 @@ class _SelectingAttention(nn.Module):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        importance_sink: list[Tensor] | None = None,
+        importance_sink: _Sink | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         if importance_sink is None:
@@ -220,7 +227,7 @@ class _SelectingAttention(nn.Module):
             for project in (module.q_proj, module.k_proj, module.v_proj)
         )
         # The fused attention does not give its weights away; one row of them is cheap to compute again.
-        importance_sink.append(cls_attention(query, key, module.scaling, num_prefix_tokens=0))
+        importance_sink.importance = cls_attention(query, key, module.scaling, num_prefix_tokens=0)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, self.family.eager_attention)
         dropout = module.attention_dropout if self.training else 0.0
         attended, weights = attend(
@@ -286,7 +293,8 @@ def check_token_layers(
     """Refuse block indices that `model` cannot select tokens in.
 
     Raises:
-        ValueError: the model is outside the table of families, needs every patch, or has no such block.
+        ValueError: the model is outside the table of families, needs every patch, has no such block, or blocks whose
+            own `forward` no class can change.
     """
     family = find_family(model)
     if family is None:
@@ -301,9 +309,15 @@ def check_token_layers(
                 f"`{argument}` must be 0 for {type(module).__name__}, which needs every patch, got "
                 f"{indices if received is None else received}."
             )
-    blocks = len(find_blocks(model))
-    if any(index >= blocks for index in indices):
-        raise ValueError(f"`{argument}` must be block indices below {blocks}, got {indices}.")
+    blocks = _blocks_of(model)
+    if any(index >= len(blocks) for index in indices):
+        raise ValueError(f"`{argument}` must be block indices below {len(blocks)}, got {indices}.")
+    asked = indices if received is None else received
+    if asked and any(_passes_class_by(m, family) for block in blocks for m in (block, cast(Any, block).attention)):
+        raise ValueError(
+            f"`{argument}` must be of blocks that run the `forward` of their class, got {asked} for a model with "
+            "others, which would select nothing: compile or replace a block's `forward` afterwards."
+        )
 
 
 def _blocks_of(model: nn.Module) -> tuple[nn.Module, ...]:
@@ -320,9 +334,27 @@ def _refresh_classes(blocks: tuple[nn.Module, ...]) -> None:
         selection = getattr(block, _CHILD, None)
         selects = selection is not None and selection.selects
         behind = behind or selects
-        block.__class__ = layer_class if behind else family.layer_class
-        attention = cast(nn.Module, block.attention)
-        attention.__class__ = attention_class if selects else family.attention_class
+        _become(block, layer_class if behind else family.layer_class)
+        _become(block.attention, attention_class if selects else family.attention_class)
+
+
+def _passes_class_by(module: nn.Module, family: Family) -> bool:
+    """Whether another class would make no difference to a stock module, whose `forward` was replaced or compiled."""
+    stock = type(module) in (family.layer_class, family.attention_class)
+    return stock and "forward" in vars(module) and not _is_hooked(module)
+
+
+def _is_hooked(module: Any) -> bool:
+    """Whether accelerate calls hooks around the forward of the module's class, which it has kept."""
+    return getattr(vars(module).get("_old_forward"), "__func__", None) is type(module).forward
+
+
+def _become(module: Any, kind: type[nn.Module]) -> None:
+    """Give a module another class, and accelerate's hooks the forward of that one to call."""
+    hooked = _is_hooked(module)
+    module.__class__ = kind
+    if hooked:
+        vars(module)["_old_forward"] = MethodType(kind.forward, module)
 
 
 def _adapter_selections(model: nn.Module) -> Iterator[tuple[nn.Module, AdapterTokenSelection]]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+import onnxruntime
 import pytest
 import torch
+from torch import nn
 
 from trpts_peft import functional as TF
 
@@ -354,6 +356,22 @@ def test_importance_of_zero_keeps_gradients_finite():
 def test_equal_importance_keeps_the_first_tokens():
     _, kept = TF.select_and_merge(torch.randn(1, 101, 2), torch.ones(1, 100), 0.3)
     assert kept.tolist() == [list(range(30))]
+
+
+def test_onnx_keeps_the_same_of_equal_tokens(tmp_path):
+    class Select(nn.Module):
+        def forward(self, hidden, importance):
+            return TF.select_and_merge(hidden, importance, 0.5)
+
+    hidden, importance = torch.randn(2, 41, 6), torch.randint(3, (2, 40)).float()
+    path = tmp_path / "select.onnx"
+    torch.onnx.export(Select().eval(), (hidden, importance), path, dynamo=True, verbose=False)
+    refined, kept = onnxruntime.InferenceSession(path).run(
+        None, {"hidden": hidden.numpy(), "importance": importance.numpy()}
+    )
+    expected, expected_kept = naive_select_and_merge(hidden, importance, 20, 1)
+    assert torch.equal(torch.tensor(kept), expected_kept)
+    torch.testing.assert_close(torch.tensor(refined), expected)
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.95, 0.9])

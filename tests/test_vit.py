@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from accelerate.hooks import attach_execution_device_hook
@@ -287,6 +288,18 @@ def test_merged_adapter_exports() -> None:
     with torch.no_grad():
         program = torch.export.export(model, (build_images(),), strict=False)
         torch.testing.assert_close(program.module()(build_images()), model(build_images()), rtol=1e-4, atol=1e-5)
+
+
+def test_onnx(tmp_path: Path) -> None:
+    model = Logits(adapter(build_vit(num_hidden_layers=2), token_layers=[0]).merge_and_unload()).eval()
+    shapes = {"pixel_values": {0: "batch"}}
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(model, (build_images(),), path, dynamo=True, dynamic_shapes=shapes, verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    for count in (2, 3):
+        (logits,) = session.run(None, {"pixel_values": build_images(count).numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.tensor(logits), model(build_images(count)), rtol=1e-4, atol=1e-4)
 
 
 # ---- masks ----

@@ -219,13 +219,19 @@ def select_and_merge(
     count = kept_tokens(num_tokens, keep_rate)
     if count == num_tokens:
         return hidden, torch.arange(num_tokens, device=hidden.device).expand(batch, -1)
-    order = torch.sort(importance, dim=1, descending=True, stable=True).indices
-    kept = order[:, :count].sort(dim=1).values
+    kept = _by_importance(importance)[:, :count].sort(dim=1).values
     prefix, tokens = hidden[:, :num_prefix_tokens], hidden[:, num_prefix_tokens:]
     selected = tokens.gather(1, kept.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
     weights = _merge_weights(importance, kept).to(hidden.dtype)
     merged = torch.bmm(weights.unsqueeze(1), tokens)
     return torch.cat([prefix, selected, merged], dim=1), kept
+
+
+def _by_importance(importance: Tensor) -> Tensor:
+    """Indices (B, N) of the tokens, the most important first, of equals the earlier one."""
+    if torch.onnx.is_in_onnx_export():  # ONNX has no stable sort, but its TopK takes the earlier of equals
+        return importance.topk(importance.shape[1], dim=1).indices
+    return torch.sort(importance, dim=1, descending=True, stable=True).indices
 
 
 def _merge_weights(importance: Tensor, kept: Tensor) -> Tensor:

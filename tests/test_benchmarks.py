@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
-from benchmarks import cost, figure, methods, report
+from benchmarks import cost, figure, methods, onnx_runtime, report
 from benchmarks.used_columns import used_shares
 from measure import interleaved_seconds, median_ratio, peak_bytes, resident_bytes, saved_activation_bytes
 from tables import markdown_table
@@ -95,6 +95,15 @@ def test_gradients_flow_through_every_block_of_the_frozen_model(tiny):
 def test_linears_use_the_share_of_their_inputs_that_is_asked_for(tiny):
     shares = used_shares(methods.trpts(shares=methods.everywhere(0.2)))
     assert shares == {kind: pytest.approx(0.2) for kind in methods.LINEARS}
+
+
+def test_onnx_runtime_is_timed_with_and_without_all_tokens(tiny, monkeypatch):
+    monkeypatch.setattr(onnx_runtime, "ROUNDS", 1)
+    table = onnx_runtime.rows()
+    assert [row[0] for row in table] == ["8", "1"]
+    for _, speedup, ideal, share in table:
+        assert float(ideal) > 1
+        assert float(share) == pytest.approx(float(speedup) / float(ideal), abs=2e-3)
 
 
 @pytest.mark.parametrize(("measured", "holds"), [(0.9, [True, True, False]), (1.0, [True, False, True])])

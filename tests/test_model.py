@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload
+from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import AutoPeftModel, LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTuner
@@ -714,16 +714,54 @@ def test_weights_that_accelerate_has_moved_away_are_fetched_to_merge(safe_merge:
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_linears_that_accelerate_fetches_as_a_whole_are_not_merged(merged: bool) -> None:
+def test_linears_that_are_offloaded_as_a_whole_are_not_merged(merged: bool) -> None:
     model = adapter()
     if merged:
         model.merge_adapter()
     expected = predict(model)
     cpu_offload(model, torch.device("cpu"), preload_module_classes=["TRPTSLinear"])
-    with pytest.raises(ValueError, match="offloaded as a whole"):
-        (model.unmerge_adapter if merged else model.merge_adapter)()
+    for victim in (
+        (model.unmerge_adapter, model.base_model.disable_adapter_layers) if merged else (model.merge_adapter,)
+    ):
+        with pytest.raises(ValueError, match="`model` must hold the weights that merging writes to"):
+            victim()
     assert all(linear.merged == merged for linear in linears(model).values())
     assert torch.equal(predict(model), expected)
+
+
+def test_disabling_a_merged_adapter_fetches_what_is_offloaded() -> None:
+    model = adapter()
+    model.merge_adapter()
+    for linear in linears(model).values():
+        kept = {key: parameter.detach().clone() for key, parameter in linear.base_layer.named_parameters()}
+        add_hook_to_module(linear.base_layer, AlignDevicesHook("cpu", offload=True, weights_map=kept))
+    with model.disable_adapter():
+        assert torch.equal(predict(model), predict(build_vit()))
+
+
+def test_adapters_for_offloaded_linears_are_refused() -> None:
+    base = build_vit()
+    expected = predict(base)
+    cpu_offload(base, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"`model` must hold the weights of the targeted linears, got .*q_proj"):
+        get_peft_model(base, TRPTSConfig())
+    assert torch.equal(predict(base), expected)
+
+
+def test_an_adapter_is_loaded_onto_a_model_that_was_offloaded(tmp_path: Path) -> None:
+    model = adapter()
+    model.save_pretrained(tmp_path)
+    base = dispatch_model(build_vit(), {"vit": "cpu", "classifier": "cpu"}, force_hooks=True)  # PEFT takes them off
+    torch.testing.assert_close(predict(PeftModel.from_pretrained(base, tmp_path)), predict(model))
+
+
+def test_weights_computed_since_are_not_merged() -> None:
+    model = adapter()
+    linear = linears(model)[FC1]
+    nn.utils.parametrizations.weight_norm(linear.base_layer)
+    with pytest.raises(TypeError, match="remove the parametrization"):
+        model.merge_adapter()
+    assert not any(linear.merged for linear in linears(model).values())
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")

@@ -13,7 +13,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-from accelerate.hooks import attach_execution_device_hook
+from accelerate.hooks import attach_execution_device_hook, remove_hook_from_submodules
 from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import (
@@ -31,7 +31,7 @@ from transformers.models.vit import modeling_vit
 from transformers.models.vit_msn import modeling_vit_msn
 
 from conftest import FAMILIES, PREFIX, LabelledImages, build_images, build_vit, naive_attend, naive_transform
-from trpts_peft import TRPTSConfig, apply_token_selection, set_token_selection
+from trpts_peft import TRPTSConfig, apply_token_selection, calibrate, set_token_selection
 from trpts_peft.vit import keep_rates_in_force, token_selections
 
 STOCK = {
@@ -294,9 +294,9 @@ def test_onnx(tmp_path: Path) -> None:
     model = Logits(adapter(build_vit(num_hidden_layers=2), token_layers=[0]).merge_and_unload()).eval()
     shapes = {"pixel_values": {0: "batch"}}
     path = tmp_path / "model.onnx"
-    torch.onnx.export(model, (build_images(),), path, dynamo=True, dynamic_shapes=shapes, verbose=False)
+    torch.onnx.export(model, (build_images(1),), path, dynamo=True, dynamic_shapes=shapes, verbose=False)
     session = onnxruntime.InferenceSession(path)
-    for count in (2, 3):
+    for count in (1, 3):
         (logits,) = session.run(None, {"pixel_values": build_images(count).numpy()})
         with torch.no_grad():
             torch.testing.assert_close(torch.tensor(logits), model(build_images(count)), rtol=1e-4, atol=1e-4)
@@ -424,18 +424,7 @@ def test_a_bare_backbone_selects_too() -> None:
 # ---- what others put around a block ----
 
 
-@pytest.mark.parametrize("family", ["vit", "dinov2"])
-@pytest.mark.parametrize("hooked_first", [False, True])
-def test_under_hooks_of_accelerate(family: str, hooked_first: bool) -> None:
-    model = build_vit(family)
-    for step in (apply_hooks, select_tokens) if hooked_first else (select_tokens, apply_hooks):
-        step(model)
-    assert torch.equal(predict(model), predict(reduced(family)))
-    apply_token_selection(model, {})
-    assert torch.equal(predict(model), predict(build_vit(family)))
-
-
-def apply_hooks(model: nn.Module) -> None:
+def put_hooks(model: nn.Module) -> None:
     attach_execution_device_hook(model, "cpu")  # as for a model that is spread over devices
 
 
@@ -443,25 +432,70 @@ def select_tokens(model: nn.Module) -> None:
     apply_token_selection(model, RATES)
 
 
+@pytest.mark.parametrize("family", ["vit", "dinov2"])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        (put_hooks, select_tokens),
+        (select_tokens, put_hooks),
+        (put_hooks, remove_hook_from_submodules, select_tokens),
+        (select_tokens, put_hooks, remove_hook_from_submodules),
+        (put_hooks, select_tokens, remove_hook_from_submodules),
+    ],
+)
+def test_hooks_of_accelerate_may_come_and_go(family: str, steps: Any) -> None:
+    model = build_vit(family)
+    for step in steps:
+        step(model)
+    assert torch.equal(predict(model), predict(reduced(family)))
+    apply_token_selection(model, {})
+    assert torch.equal(predict(model), predict(build_vit(family)))
+
+
+def compile_forward(module: Any) -> None:
+    module.forward = torch.compile(module.forward, backend="eager")
+
+
 @pytest.mark.parametrize("part", ["", ".attention"])
 def test_a_replaced_forward_is_refused(part: str) -> None:
     model = build_vit()
-    module = model.get_submodule(f"vit.layers.2{part}")
-    module.forward = torch.compile(module.forward, backend="eager")
+    compile_forward(model.get_submodule(f"vit.layers.2{part}"))
     expected = predict(model)
     for victim in (apply_token_selection, lambda model, rates: adapter(model, token_layers=list(rates))):
         with pytest.raises(ValueError, match=r"`(keep_rates|token_layers)` must be of blocks that run the `forward`"):
-            victim(model, {0: 0.5})
+            victim(model, {0: 0.5, 2: 0.5})
     apply_token_selection(model, {})
     assert torch.equal(predict(model), expected)
 
 
-def test_a_forward_replaced_afterwards_selects_on() -> None:
-    model = reduced(rates={1: 0.5})
-    block = blocks(model)[1]
-    block.forward = torch.compile(block.forward, backend="eager")
-    apply_token_selection(model, {1: 0.3})
-    assert torch.equal(predict(model), predict(reduced(rates={1: 0.3})))
+def test_a_replaced_forward_that_no_selection_needs_is_none_of_its_business() -> None:
+    model = build_vit()
+    compile_forward(blocks(model)[0])
+    compile_forward(blocks(model)[3].attention)
+    apply_token_selection(model, {1: 0.5})
+    assert torch.equal(predict(model), predict(reduced(rates={1: 0.5})))
+
+
+def test_a_replaced_forward_is_refused_before_anything_is_measured() -> None:
+    base = build_vit()
+    compile_forward(blocks(base)[0])
+    model = get_peft_model(base, TRPTSConfig(modules_to_save=["classifier"]))
+    with pytest.raises(ValueError, match="`token_layers` must be of blocks that run the `forward`"):
+        calibrate(model, [None])
+
+
+@pytest.mark.parametrize("leave", ["merge_and_unload", "unload", "delete_adapter"])
+def test_a_forward_replaced_afterwards_goes_on(leave: str) -> None:
+    model = adapter()
+    for block in blocks(model):
+        compile_forward(block)
+        compile_forward(block.attention)
+    expected = predict(model) if leave == "merge_and_unload" else predict(build_vit())
+    left = model.delete_adapter("default") if leave == "delete_adapter" else getattr(model, leave)()
+    torch.testing.assert_close(predict(left or model.base_model.model), expected, rtol=1e-4, atol=1e-5)
+    if leave == "merge_and_unload":
+        apply_token_selection(left, {1: 0.3})
+        assert keep_rates_in_force(left) == {1: 0.3}
 
 
 # ---- classes, names, state ----

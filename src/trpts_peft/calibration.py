@@ -17,6 +17,7 @@ from torch import nn
 from .checkpoint import adapted_linears
 from .config import TRPTSConfig
 from .data import Batches, check_whole, of_first_process, processes
+from .families import find_family
 from .fisher import FisherScores, LossFn
 from .head import Head, find_head, num_labels
 from .layer import TRPTSLinear
@@ -177,6 +178,8 @@ def _check_calibratable(base: nn.Module, config: TRPTSConfig, adapter_name: str,
         )
     if isinstance(config.token_layers, list) and config.token_layers:
         check_token_layers(base, config.token_layers)
+    elif config.token_layers and find_family(base) is not None:
+        check_token_layers(base, [], received=config.token_layers)
     if config.token_layers:
         check_no_fixed_selection(base)
 

@@ -187,7 +187,12 @@ def cls_attention(query: Tensor, key: Tensor, scaling: float, num_prefix_tokens:
     Returns:
         float32 (B, S - num_prefix_tokens).
     """
-    scores = torch.matmul(query[:, :, :1], key.transpose(2, 3)).squeeze(2) * scaling
+    first = query[:, :, :1]
+    if torch.onnx.is_in_onnx_export():  # a product of matrices would be exported for one image, if it is given one
+        products = (first * key).sum(dim=-1)
+    else:
+        products = torch.matmul(first, key.transpose(2, 3)).squeeze(2)
+    scores = products * scaling
     return scores.softmax(dim=-1, dtype=torch.float32).mean(dim=1)[:, num_prefix_tokens:]
 
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -15,7 +15,7 @@ from . import functional
 from .sparse_linear import added_linear, compose_weight, index_columns, sparse_linear
 from .tuner_layer import TRPTSLayer
 
-__all__ = ["TRPTSLinear"]
+__all__ = ["TRPTSLinear", "base_parameter"]
 
 _FINGERPRINT_SIZE = 64
 _GOLDEN = 2654435769  # 2³² over the golden ratio
@@ -48,10 +48,27 @@ def _converted(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor if tensor.dtype == like.dtype else tensor.to(like.dtype)
 
 
-def _parameter(base: nn.Module, name: str) -> Tensor:
-    """A weight or bias of the base layer, past the slow lookup of nn.Module unless a wrapper has to be asked."""
-    own = base._parameters.get(name)
-    return getattr(base, name) if own is None else own
+def base_parameter(base: nn.Module, name: str) -> nn.Parameter:
+    """A weight or bias of the base layer to write to, past the slow lookup of nn.Module unless a wrapper has it.
+
+    Raises:
+        ValueError: it has no entries here.
+        TypeError: it is computed from others at each call.
+    """
+    parameter = base._parameters.get(name)
+    if parameter is None:
+        parameter = getattr(base, name)
+        if not isinstance(parameter, nn.Parameter):
+            raise TypeError(
+                f"`model` must hold the weights that merging writes to, got a {name} that is computed from others at "
+                "each call: remove the parametrization first."
+            )
+    if parameter.is_meta:
+        raise ValueError(
+            f"`model` must hold the weights that merging writes to, got a {name} without entries, on the meta device "
+            "or offloaded with all of its adapted linear: merge before it is offloaded, or in a model loaded anew."
+        )
+    return parameter
 
 
 class TRPTSLinear(nn.Module, TRPTSLayer):
@@ -174,9 +191,10 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
 
     def enable_adapters(self, enabled: bool) -> None:
         """Enable or disable the adapters; disabling unmerges at once, as it does in the token selection."""
-        super().enable_adapters(enabled)
         if not enabled and self.merged:
-            self.unmerge()
+            with onload_layer(self):
+                self.unmerge()
+        super().enable_adapters(enabled)
 
     def is_trained(self, adapter_name: str) -> bool:
         """Whether the adapter changes the layer, as far as a zero start tells."""
@@ -300,13 +318,13 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in all_values]
         if safe_merge:
             self.check_merge(names)
-        weight = _parameter(base, "weight").data
+        weight = base_parameter(base, "weight").data
         for name in names:
             columns = all_columns[name]
             originals[name] = weight.gather(1, columns)
             weight.scatter_add_(1, columns, _converted(all_values[name].data, weight))
             if name in biases:
-                bias = _parameter(base, "bias").data
+                bias = base_parameter(base, "bias").data
                 original_bias[name] = bias.clone()
                 bias.add_(_converted(biases[name].data, bias))
             self.merged_adapters.append(name)
@@ -329,12 +347,12 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         base, all_columns, _, _, originals, original_bias = self._parts()
-        weight = _parameter(base, "weight").data
+        weight = base_parameter(base, "weight").data
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             weight.scatter_(1, all_columns[name], originals.pop(name))
             if name in original_bias:
-                _parameter(base, "bias").data.copy_(original_bias.pop(name))
+                base_parameter(base, "bias").data.copy_(original_bias.pop(name))
 
     def _parts(self) -> tuple[Any, ...]:
         """Base layer, columns, values, biases and what merging has overwritten, past the slow lookup of nn.Module."""

@@ -24,7 +24,7 @@ from .checkpoint import adapted_linears, check_file, pack_columns, saved_module_
 from .config import TRPTSConfig
 from .data import check_loading, check_whole
 from .families import FAMILIES
-from .layer import TRPTSLinear
+from .layer import TRPTSLinear, base_parameter
 from .tuner_layer import PREFIX, TRPTSLayer
 from .vit import (
     AdapterTokenSelection,
@@ -396,13 +396,10 @@ def _check_whole(layers: list[Any]) -> None:
 
 
 def _check_present(layers: list[Any]) -> None:
-    """Refuse linears that accelerate fetches as a whole: `_onloaded` does so for base layers, as PEFT does."""
-    hooked = [layer for layer in layers if "_hf_hook" in vars(layer) and isinstance(layer, TRPTSLinear)]
-    if any(layer.base_layer.weight.is_meta for layer in hooked):
-        raise ValueError(
-            "`model` must hold the weights that merging writes to, got one whose adapted linears are offloaded as a "
-            "whole (`preload_module_classes`): merge before it is offloaded, or in a model loaded anew."
-        )
+    """Refuse to merge where a weight cannot be written, before any is; `_onloaded` fetches those of base layers."""
+    for layer in layers:
+        if isinstance(layer, TRPTSLinear) and not _is_offloaded(layer):
+            base_parameter(layer._modules["base_layer"], "weight")  # type: ignore[arg-type]
 
 
 def _merged_with(layers: list[Any], adapter_names: list[str]) -> list[str]:
@@ -419,11 +416,14 @@ def _check_entries(layers: list[Any], adapter_names: list[str]) -> None:
                 layer.check_merge([name for name in adapter_names if name not in layer.merged_adapters])
 
 
+def _is_offloaded(layer: nn.Module) -> bool:
+    base = layer._modules.get("base_layer")
+    return base is not None and "_hf_hook" in vars(base)
+
+
 def _onloaded(layer: Any) -> AbstractContextManager[None]:
     """Fetches what accelerate has moved away. Otherwise nothing: to look through all submodules takes its time."""
-    base = layer._modules.get("base_layer")
-    offloaded = base is not None and "_hf_hook" in vars(base)
-    context: AbstractContextManager[None] = onload_layer(layer) if offloaded else nullcontext()
+    context: AbstractContextManager[None] = onload_layer(layer) if _is_offloaded(layer) else nullcontext()
     return context
 
 
@@ -465,6 +465,11 @@ def _check_target(config: TRPTSConfig, name: str, module: nn.Module) -> None:
         raise TypeError(
             f"`target_modules` must name linears with a weight of their own, got {name}, whose weight is computed from "
             "others at each call: remove the parametrization first."
+        )
+    if module.weight.is_meta and "_hf_hook" in vars(module):
+        raise ValueError(
+            f"`model` must hold the weights of the targeted linears, got {name}, which accelerate has offloaded: "
+            'offload it with the adapter in it, `cpu_offload(model, preload_module_classes=["TRPTSLinear"])`.'
         )
     if not module.weight.is_floating_point() or module.weight.shape != (module.out_features, module.in_features):
         raise TypeError(

@@ -313,10 +313,12 @@ def check_token_layers(
     if any(index >= len(blocks) for index in indices):
         raise ValueError(f"`{argument}` must be block indices below {len(blocks)}, got {indices}.")
     asked = indices if received is None else received
-    if asked and any(_passes_class_by(m, family) for block in blocks for m in (block, cast(Any, block).attention)):
+    changed = [*blocks[min(indices, default=0) :]]
+    changed += [cast(Any, block).attention for index, block in enumerate(blocks) if index in indices or not indices]
+    if asked and any(_passes_class_by(module, family) for module in changed):
         raise ValueError(
             f"`{argument}` must be of blocks that run the `forward` of their class, got {asked} for a model with "
-            "others, which would select nothing: compile or replace a block's `forward` afterwards."
+            "others, which would select nothing: compile or replace a block's `forward` afterwards, or select none."
         )
 
 
@@ -340,21 +342,31 @@ def _refresh_classes(blocks: tuple[nn.Module, ...]) -> None:
 
 def _passes_class_by(module: nn.Module, family: Family) -> bool:
     """Whether another class would make no difference to a stock module, whose `forward` was replaced or compiled."""
-    stock = type(module) in (family.layer_class, family.attention_class)
-    return stock and "forward" in vars(module) and not _is_hooked(module)
+    return type(module) in (family.layer_class, family.attention_class) and _is_replaced(module)
 
 
-def _is_hooked(module: Any) -> bool:
-    """Whether accelerate calls hooks around the forward of the module's class, which it has kept."""
-    return getattr(vars(module).get("_old_forward"), "__func__", None) is type(module).forward
+def _is_replaced(module: nn.Module) -> bool:
+    return "forward" in vars(module) and not _kept_forwards(module)
+
+
+def _kept_forwards(module: Any) -> list[str]:
+    """Where accelerate keeps the forward of the module's class: under its hooks, and once they are gone in itself."""
+    kept = {name: vars(module).get(name) for name in ("forward", "_old_forward")}
+    return [name for name, forward in kept.items() if getattr(forward, "__func__", None) is type(module).forward]
 
 
 def _become(module: Any, kind: type[nn.Module]) -> None:
-    """Give a module another class, and accelerate's hooks the forward of that one to call."""
-    hooked = _is_hooked(module)
+    """Give a module another class, and its forward to accelerate's hooks.
+
+    A module whose forward was replaced since keeps its class, without which what it may call would fail. A class that
+    selects does what the stock class does where there is no selection.
+    """
+    if _is_replaced(module):
+        return
+    kept = _kept_forwards(module)
     module.__class__ = kind
-    if hooked:
-        vars(module)["_old_forward"] = MethodType(kind.forward, module)
+    for name in kept:
+        vars(module)[name] = MethodType(kind.forward, module)
 
 
 def _adapter_selections(model: nn.Module) -> Iterator[tuple[nn.Module, AdapterTokenSelection]]:

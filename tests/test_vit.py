@@ -476,9 +476,10 @@ def test_a_replaced_forward_that_no_selection_needs_is_none_of_its_business() ->
     assert torch.equal(predict(model), predict(reduced(rates={1: 0.5})))
 
 
-def test_a_replaced_forward_is_refused_before_anything_is_measured() -> None:
+@pytest.mark.parametrize("part", ["", ".attention"])
+def test_a_replaced_forward_is_refused_before_anything_is_measured(part: str) -> None:
     base = build_vit()
-    compile_forward(blocks(base)[0])
+    compile_forward(base.get_submodule(f"vit.layers.0{part}"))
     model = get_peft_model(base, TRPTSConfig(modules_to_save=["classifier"]))
     with pytest.raises(ValueError, match="`token_layers` must be of blocks that run the `forward`"):
         calibrate(model, [None])

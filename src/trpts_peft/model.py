@@ -398,8 +398,11 @@ def _check_whole(layers: list[Any]) -> None:
 def _check_present(layers: list[Any]) -> None:
     """Refuse to merge where a weight cannot be written, before any is; `_onloaded` fetches those of base layers."""
     for layer in layers:
-        if isinstance(layer, TRPTSLinear) and not _is_offloaded(layer):
-            base_parameter(layer._modules["base_layer"], "weight")  # type: ignore[arg-type]
+        if type(layer) is TRPTSLinear:
+            base = cast(nn.Module, layer._modules["base_layer"])
+            weight = base._parameters.get("weight")
+            if (weight is None or weight.is_meta) and not _is_offloaded(layer):
+                base_parameter(base, "weight")
 
 
 def _merged_with(layers: list[Any], adapter_names: list[str]) -> list[str]:

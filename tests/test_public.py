@@ -16,7 +16,10 @@ import trpts_peft
 SOURCE = Path(trpts_peft.__file__).parent
 MODULES = sorted(SOURCE.glob("*.py"))
 FLOORS = (
-    {"card", "functional", "sparse_linear", "peft_type", "tuner_layer", "families", "folders", "image_data", "metrics"},
+    {
+        *{"card", "change_of_class", "families", "folders", "functional", "image_data", "metrics"},
+        *{"peft_type", "sparse_linear", "tuner_layer"},
+    },
     {"run_folder", "config", "layer", "vit", "fisher", "data", "probe", "head", "cost"},
     {"selection", "measurement", "record", "checkpoint", "weighted", "withdrawal", "callbacks", "methods"},
     {"model", "plots", "inspection"},

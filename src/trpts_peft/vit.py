@@ -8,7 +8,6 @@ also gets a child module `token_selection`, which knows the rate. Removing the s
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -17,6 +16,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .change_of_class import become, has_own_forward
 from .families import FAMILIES, Family, find_blocks, find_family, num_prefix_tokens
 from .functional import cls_attention, select_and_merge
 from .tuner_layer import TRPTSLayer
@@ -336,37 +336,13 @@ def _refresh_classes(blocks: tuple[nn.Module, ...]) -> None:
         selection = getattr(block, _CHILD, None)
         selects = selection is not None and selection.selects
         behind = behind or selects
-        _become(block, layer_class if behind else family.layer_class)
-        _become(block.attention, attention_class if selects else family.attention_class)
+        become(block, layer_class if behind else family.layer_class)
+        become(block.attention, attention_class if selects else family.attention_class)
 
 
 def _passes_class_by(module: nn.Module, family: Family) -> bool:
     """Whether another class would make no difference to a stock module, whose `forward` was replaced or compiled."""
-    return type(module) in (family.layer_class, family.attention_class) and _is_replaced(module)
-
-
-def _is_replaced(module: nn.Module) -> bool:
-    return "forward" in vars(module) and not _kept_forwards(module)
-
-
-def _kept_forwards(module: Any) -> list[str]:
-    """Where accelerate keeps the forward of the module's class: under its hooks, and once they are gone in itself."""
-    kept = {name: vars(module).get(name) for name in ("forward", "_old_forward")}
-    return [name for name, forward in kept.items() if getattr(forward, "__func__", None) is type(module).forward]
-
-
-def _become(module: Any, kind: type[nn.Module]) -> None:
-    """Give a module another class, and its forward to accelerate's hooks.
-
-    A module whose forward was replaced since keeps its class, without which what it may call would fail. A class that
-    selects does what the stock class does where there is no selection.
-    """
-    if _is_replaced(module):
-        return
-    kept = _kept_forwards(module)
-    module.__class__ = kind
-    for name in kept:
-        vars(module)[name] = MethodType(kind.forward, module)
+    return type(module) in (family.layer_class, family.attention_class) and has_own_forward(module)
 
 
 def _adapter_selections(model: nn.Module) -> Iterator[tuple[nn.Module, AdapterTokenSelection]]:

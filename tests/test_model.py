@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, attach_execution_device_hook
 from peft import AutoPeftModel, LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_model, save_model
@@ -737,6 +737,28 @@ def test_disabling_a_merged_adapter_fetches_what_is_offloaded() -> None:
         add_hook_to_module(linear.base_layer, AlignDevicesHook("cpu", offload=True, weights_map=kept))
     with model.disable_adapter():
         assert torch.equal(predict(model), predict(build_vit()))
+
+
+def test_under_hooks_of_accelerate_an_adapter_is_calibrated_trained_and_merged() -> None:
+    models = []
+    for hooked in (False, True):
+        base = build_vit()
+        if hooked:
+            attach_execution_device_hook(base, "cpu")  # as for a model that is spread over devices
+        model = get_peft_model(base, TRPTSConfig(keep_rate=0.5, modules_to_save=["classifier"]))
+        calibrate(model, DATA, progress=False)
+        model.train()(**DATA.batch()).loss.backward()
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+        models.append(model.eval())
+    plain, hooked = models
+    for name, linear in linears(plain).items():
+        assert torch.equal(linear.trpts_columns["default"], linears(hooked)[name].trpts_columns["default"])
+    expected = predict(plain)
+    torch.testing.assert_close(predict(hooked), expected, rtol=1e-4, atol=1e-5)
+    hooked.merge_adapter()
+    torch.testing.assert_close(predict(hooked), expected, rtol=1e-4, atol=1e-5)
+    hooked.unmerge_adapter()
+    torch.testing.assert_close(predict(hooked), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_adapters_for_offloaded_linears_are_refused() -> None:

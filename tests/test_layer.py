@@ -283,6 +283,46 @@ def test_several_merged_adapters_unmerge_exactly(dtype):
     torch.testing.assert_close(merged, reference(layer, x, "a", "c"), rtol=tolerance, atol=tolerance)
 
 
+def test_a_weight_that_is_not_contiguous_is_merged_where_it_lies():
+    layer, x = make("a", "b"), inputs()
+    memory = torch.randn(INPUTS, ROWS + 2)
+    around, layer.base_layer.weight.data = memory[:, ROWS:].clone(), memory[:, :ROWS].t()
+    before, expected = memory.clone(), reference(layer, x, "a", "b")
+    layer.merge(adapter_names=["a", "b"])
+    assert layer.base_layer.weight.data_ptr() == memory.data_ptr()
+    torch.testing.assert_close(layer(x), expected)
+    assert torch.equal(memory[:, ROWS:], around)
+    assert torch.equal(layer.unmerged_weight(), before[:, :ROWS].t())
+    layer.unmerge()
+    assert torch.equal(memory, before)
+
+
+def exchange(layer, how):
+    columns, values = random_columns(), torch.randn(ROWS, 3)
+    if how == "replaced":
+        layer.replace_columns("a", columns, values)
+    elif how == "loaded":
+        layer.load_state_dict({"trpts_columns.a": columns, "trpts_values.a": values}, strict=False)
+    else:  # as a loader that writes past `load_state_dict`
+        layer.expect_file("a")
+        layer.trpts_columns["a"].copy_(columns)
+        layer.trpts_values["a"].data.copy_(values)
+
+
+@pytest.mark.parametrize("how", ["replaced", "loaded", "written"])
+def test_columns_exchanged_between_merges_are_those_that_are_merged(how):
+    layer, x = make(), inputs()
+    before = layer.base_layer.weight.clone()
+    layer.merge()
+    layer.unmerge()
+    exchange(layer, how)
+    expected = reference(layer, x, "a")
+    layer.merge()
+    torch.testing.assert_close(layer(x), expected)
+    layer.unmerge()
+    assert torch.equal(layer.base_layer.weight, before)
+
+
 def test_deleting_an_adapter_between_merges_leaves_unmerge_exact():
     layer = make("a", "b", "c")
     before = copy.deepcopy(layer.base_layer.state_dict())
@@ -410,6 +450,8 @@ def test_replaced_columns_start_at_zero_and_train_as_before():
 
 def test_deleting_an_adapter_leaves_nothing_of_it():
     layer, x = make("a", "b"), inputs()
+    layer.merge()
+    layer.unmerge()
     with pytest.warns(UserWarning, match="Setting active adapter to b"):
         layer.delete_adapter("a")
     assert not [name for name, _ in [*layer.named_parameters(), *layer.named_buffers()] if name.endswith(".a")]
@@ -460,15 +502,23 @@ def test_state_dict_of_a_parent_refreshes_the_layer_too():
 
 
 def test_columns_are_state_and_what_follows_from_them_is_not():
-    keys = set(make().state_dict())
+    layer = make()
+    layer.merge()
+    layer.unmerge()
+    keys = set(layer.state_dict())
     assert {"trpts_columns.a", "trpts_values.a", "trpts_bias.a", "trpts_fingerprint.a"} <= keys
-    assert not {key for key in keys if "used" in key or "slots" in key or "original" in key}
+    derived = ("used", "slots", "places", "original")
+    assert not {key for key in keys if any(word in key for word in derived)}
     assert make().state_dict()["trpts_columns.a"].dtype == torch.int64
 
 
 def test_casting_leaves_columns_whole():
-    layer = make().to(torch.float16)
-    assert layer.trpts_columns["a"].dtype == layer.trpts_slots["a"].dtype == torch.int64
+    layer = make()
+    layer.merge()
+    layer.unmerge()
+    layer.to(torch.float16)
+    derived = (layer.trpts_columns, layer.trpts_slots, layer.trpts_places)
+    assert [part["a"].dtype for part in derived] == [torch.int64] * 3
     assert layer.trpts_values["a"].dtype == torch.float16
 
 

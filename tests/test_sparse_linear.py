@@ -11,6 +11,7 @@ from trpts_peft.sparse_linear import (
     _rows_to_visit,
     added_linear,
     compose_weight,
+    flat_places,
     index_columns,
     keeps_used,
     sparse_linear,
@@ -68,6 +69,21 @@ def test_index_columns_factors_the_columns():
     used, slots = index_columns(columns)
     assert used.tolist() == [1, 4, 7]
     assert torch.equal(used[slots], columns)
+
+
+def test_flat_places_find_the_entries_at_the_columns():
+    _, weight, _, columns, _ = case()
+    assert torch.equal(weight.flatten()[flat_places(columns, INPUTS)], weight.gather(1, columns).flatten())
+
+
+@pytest.mark.parametrize("column", [-1, INPUTS])
+def test_flat_places_refuse_a_column_that_would_lie_in_another_row(column):
+    columns = torch.tensor([[0, 1], [0, column], [0, 1]])
+    low, high = min(column, 0), max(column, 1)
+    with pytest.raises(
+        ValueError, match=rf"^The adapter's columns must be from 0 to {INPUTS - 1}, got {low} to {high}: "
+    ):
+        flat_places(columns, INPUTS)
 
 
 def test_compose_weight_leaves_the_weight_alone():

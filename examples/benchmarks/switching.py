@@ -18,6 +18,7 @@ from benchmarks.methods import LINEARS, USED_SHARES, drawn_scores, lora, trpts
 from measure import interleaved_seconds, median_ratio
 from trpts_peft import calibrate
 from trpts_peft.layer import TRPTSLinear
+from trpts_peft.sparse_linear import flat_places
 
 MERGES = "unmerge and merge only"
 
@@ -38,9 +39,7 @@ def switch_rows(rounds: int, device: str) -> list[dict[str, Any]]:
         model.requires_grad_(False)  # serving trains nothing
         model.merge_adapter()
         actions |= {f"{name}, switch": switch(model), f"{name}, {MERGES}": partial(merge_again, model)}
-    actions["TR-PTS, entries read only"] = partial(
-        read_entries, [module for module in sparse.modules() if isinstance(module, TRPTSLinear)]
-    )
+    actions["TR-PTS, entries read only"] = partial(read_entries, touched_entries(sparse))
     seconds = interleaved_seconds(actions, rounds)
     reference = seconds[f"LoRA r=8, {MERGES}"]
     return [{"what": n, "to_lora": median_ratio(values, reference), "seconds": values} for n, values in seconds.items()]
@@ -73,11 +72,20 @@ def merge_again(model: PeftModel) -> None:
     model.merge_adapter()
 
 
-def read_entries(layers: list[TRPTSLinear]) -> None:
+def touched_entries(model: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The weights, and where in them both adapters lie."""
+    layers = [module for module in model.modules() if isinstance(module, TRPTSLinear)]
+    return [
+        (layer.base_layer.weight.flatten(), flat_places(columns, layer.in_features))
+        for layer in layers
+        for columns in layer.trpts_columns.values()
+    ]
+
+
+def read_entries(touched: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Read what both adapters overwrite, once: a switch cannot take less."""
-    for layer in layers:
-        for columns in layer.trpts_columns.values():
-            layer.base_layer.weight.gather(1, columns)
+    for entries, places in touched:
+        entries.index_select(0, places)
 
 
 def disk_rows() -> list[dict[str, Any]]:

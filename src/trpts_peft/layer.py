@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from . import functional
-from .sparse_linear import added_linear, compose_weight, index_columns, sparse_linear
+from .sparse_linear import added_linear, compose_weight, flat_places, index_columns, sparse_linear
 from .tuner_layer import TRPTSLayer
 
 __all__ = ["TRPTSLinear", "base_parameter"]
@@ -48,6 +48,12 @@ def _converted(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor if tensor.dtype == like.dtype else tensor.to(like.dtype)
 
 
+def _put_back(weight: Tensor, entries: Tensor) -> None:
+    """Write the entries of a weight that is not contiguous back to it; `flatten` had to copy them."""
+    if not weight.is_contiguous():
+        weight.copy_(entries.view_as(weight))
+
+
 def base_parameter(base: nn.Module, name: str) -> nn.Parameter:
     """A weight or bias of the base layer to write to, past the slow lookup of nn.Module unless a wrapper has it.
 
@@ -76,8 +82,8 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
 
     Per adapter: `trpts_columns` int64 (out_features, C), `trpts_values` (out_features, C), `trpts_bias`
     (out_features,) where the base has a bias and the config trains it, and `trpts_fingerprint`, up to 64 entries of
-    the base weight. `trpts_used` and `trpts_slots` follow from the columns; `trpts_originals` and
-    `trpts_original_bias` hold what `merge` has overwritten.
+    the base weight. `trpts_used`, `trpts_slots` and, from the first `merge` on, `trpts_places` follow from the columns;
+    `trpts_originals` and `trpts_original_bias` hold what `merge` has overwritten.
 
     While hooks sit on the base layer, the base layer itself is called and the update is added to its output; without
     hooks the two weights are added first, which is faster.
@@ -89,6 +95,7 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         "trpts_fingerprint",
         "trpts_used",
         "trpts_slots",
+        "trpts_places",
         "trpts_originals",
         "trpts_original_bias",
     )
@@ -103,6 +110,7 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         self.trpts_fingerprint = BufferDict(persistent=True)
         self.trpts_used = BufferDict(persistent=False)
         self.trpts_slots = BufferDict(persistent=False)
+        self.trpts_places = BufferDict(persistent=False)
         self.trpts_originals = BufferDict(persistent=False)
         self.trpts_original_bias = BufferDict(persistent=False)
         self._disable_adapters = False
@@ -154,17 +162,30 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         self.fresh.discard(adapter_name)
 
     def refresh(self, adapter_name: str) -> None:
-        """Derive `trpts_used` and `trpts_slots` from the columns."""
+        """Derive `trpts_used` and `trpts_slots` from the columns; `trpts_places` wait for a merge."""
         columns = self.trpts_columns[adapter_name]
         used, slots = (columns, columns) if columns.is_meta else index_columns(columns)
         self.trpts_used[adapter_name], self.trpts_slots[adapter_name] = used, slots
+        self._forget_places(adapter_name)
+
+    def _forget_places(self, adapter_name: str) -> None:
+        if adapter_name in self.trpts_places:
+            del self.trpts_places[adapter_name]
+
+    def _places(self, adapter_name: str) -> Tensor:
+        """Where the entries at the columns lie among all of the weight; kept, since adapters may be merged often."""
+        known: dict[str, Any] = cast(Any, self._modules["trpts_places"])._buffers
+        if adapter_name not in known:
+            self.trpts_places[adapter_name] = flat_places(self.trpts_columns[adapter_name], self.in_features)
+        places: Tensor = known[adapter_name]
+        return places
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate these adapters; they alone train, or, with `inference_mode`, none does."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        _, _, all_values, biases, _, _ = self._parts()
-        for parameters in (all_values, biases):
-            for name, parameter in parameters.items():
+        modules: dict[str, Any] = cast(dict[str, Any], self._modules)  # past the slow lookup of nn.Module
+        for part in ("trpts_values", "trpts_bias"):
+            for name, parameter in modules[part]._parameters.items():
                 trains = name in names and not inference_mode
                 if parameter.requires_grad != trains and parameter.is_leaf:  # FSDP's may be no leaves
                     parameter.requires_grad_(trains)
@@ -178,6 +199,7 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
     def expect_file(self, adapter_name: str) -> None:
         """Put values that no file holds where a loader has to put the file's: what it leaves out is noticed."""
         self.trpts_columns[adapter_name] = torch.full_like(self.trpts_columns[adapter_name], -1)
+        self._forget_places(adapter_name)
         self.trpts_fingerprint[adapter_name] = torch.full_like(self.trpts_fingerprint[adapter_name], float("nan"))
 
     def expect_no_file(self, adapter_name: str) -> None:
@@ -220,7 +242,8 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         weight = self.base_layer.weight.detach()
         for name in reversed(self.merged_adapters):
             if name in self.trpts_originals:
-                weight = weight.scatter(1, self.trpts_columns[name], self.trpts_originals[name])
+                columns = self.trpts_columns[name]
+                weight = weight.scatter(1, columns, self.trpts_originals[name].view_as(columns))
         return weight
 
     def base_fingerprint(self) -> Tensor:
@@ -314,20 +337,22 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         Raises:
             ValueError: `safe_merge` found an entry that is not finite.
         """
-        base, all_columns, all_values, biases, originals, original_bias = self._parts()
+        base, all_values, biases, originals, original_bias = self._parts()
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in all_values]
         if safe_merge:
             self.check_merge(names)
         weight = base_parameter(base, "weight").data
+        entries = weight.flatten()  # those of the weight itself, unless it is not contiguous
         for name in names:
-            columns = all_columns[name]
-            originals[name] = weight.gather(1, columns)
-            weight.scatter_add_(1, columns, _converted(all_values[name].data, weight))
+            places = self._places(name)
+            originals[name] = entries.index_select(0, places)
+            entries.scatter_add_(0, places, _converted(all_values[name].data, weight).flatten())
             if name in biases:
                 bias = base_parameter(base, "bias").data
                 original_bias[name] = bias.clone()
                 bias.add_(_converted(biases[name].data, bias))
             self.merged_adapters.append(name)
+        _put_back(weight, entries)
 
     def check_merge(self, adapter_names: list[str]) -> None:
         """Refuse to merge adapters, one after the other, that would leave entries that are not finite."""
@@ -346,20 +371,21 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        base, all_columns, _, _, originals, original_bias = self._parts()
+        base, _, _, originals, original_bias = self._parts()
         weight = base_parameter(base, "weight").data
+        entries = weight.flatten()
         while self.merged_adapters:
             name = self.merged_adapters.pop()
-            weight.scatter_(1, all_columns[name], originals.pop(name))
+            entries.scatter_(0, self._places(name), originals.pop(name))
             if name in original_bias:
                 base_parameter(base, "bias").data.copy_(original_bias.pop(name))
+        _put_back(weight, entries)
 
     def _parts(self) -> tuple[Any, ...]:
-        """Base layer, columns, values, biases and what merging has overwritten, past the slow lookup of nn.Module."""
+        """Base layer, values, biases and what merging has overwritten, past the slow lookup of nn.Module."""
         parts: dict[str, Any] = cast(dict[str, Any], self._modules)
         return (
             parts["base_layer"],
-            parts["trpts_columns"]._buffers,
             parts["trpts_values"]._parameters,
             parts["trpts_bias"]._parameters,
             parts["trpts_originals"]._buffers,

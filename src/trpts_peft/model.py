@@ -45,6 +45,7 @@ __all__ = ["TRPTSModel"]
 logger = logging.getLogger(__name__)
 
 _TARGETS = {family.model_type: list(family.target_modules) for family in FAMILIES}
+_NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 class TRPTSModel(BaseTuner):
@@ -426,7 +427,7 @@ def _is_offloaded(layer: nn.Module) -> bool:
 
 def _onloaded(layer: Any) -> AbstractContextManager[None]:
     """Fetches what accelerate has moved away. Otherwise nothing: to look through all submodules takes its time."""
-    context: AbstractContextManager[None] = onload_layer(layer) if _is_offloaded(layer) else nullcontext()
+    context: AbstractContextManager[None] = onload_layer(layer) if _is_offloaded(layer) else _NOTHING
     return context
 
 

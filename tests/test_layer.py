@@ -303,24 +303,95 @@ def exchange(layer, how):
         layer.replace_columns("a", columns, values)
     elif how == "loaded":
         layer.load_state_dict({"trpts_columns.a": columns, "trpts_values.a": values}, strict=False)
-    else:  # as a loader that writes past `load_state_dict`
-        layer.expect_file("a")
-        layer.trpts_columns["a"].copy_(columns)
+    else:  # as a loader does that passes by `load_state_dict`
         layer.trpts_values["a"].data.copy_(values)
+        if how == "set":
+            layer.trpts_columns["a"] = columns
+        else:
+            layer.trpts_columns["a"].copy_(columns)
 
 
-@pytest.mark.parametrize("how", ["replaced", "loaded", "written"])
+@pytest.mark.parametrize("how", ["replaced", "loaded", "set", "written", "written to inference tensors"])
 def test_columns_exchanged_between_merges_are_those_that_are_merged(how):
     layer, x = make(), inputs()
     before = layer.base_layer.weight.clone()
-    layer.merge()
-    layer.unmerge()
-    exchange(layer, how)
+    with torch.inference_mode("inference" in how):
+        if "inference" in how:
+            layer.trpts_columns["a"] = layer.trpts_columns["a"].clone()
+        layer.merge()
+        layer.unmerge()
+        exchange(layer, how)
     expected = reference(layer, x, "a")
     layer.merge()
     torch.testing.assert_close(layer(x), expected)
     layer.unmerge()
     assert torch.equal(layer.base_layer.weight, before)
+
+
+def transposed(layer):
+    layer.base_layer.weight.data = layer.base_layer.weight.t().contiguous().t()
+
+
+def expanded(layer):
+    layer.base_layer.weight.data = torch.randn(1, INPUTS).expand(ROWS, INPUTS)
+
+
+def broken_columns(layer):
+    transposed(layer)
+    layer.trpts_columns["b"][0, 0] = INPUTS
+
+
+def bias_elsewhere(layer):
+    layer.trpts_bias["b"] = layer.trpts_bias["a"]
+    layer.base_layer.bias = nn.Parameter(torch.empty(ROWS, device="meta"), requires_grad=False)
+
+
+@pytest.mark.parametrize("breaks", [expanded, broken_columns, bias_elsewhere])
+def test_a_merge_that_fails_leaves_what_can_be_unmerged(breaks):
+    layer = make("a", "b")
+    breaks(layer)
+    before, names = layer.base_layer.weight.clone(), {name for name, _ in layer.named_buffers()}
+    with pytest.raises((RuntimeError, ValueError)):
+        layer.merge(adapter_names=["a", "b"])
+    assert torch.equal(layer.unmerged_weight(), before)
+    assert layer.merged == (not torch.equal(layer.base_layer.weight, before))
+    if layer.merged:
+        layer.unmerge()
+    assert torch.equal(layer.base_layer.weight, before)
+    assert {name for name, _ in layer.named_buffers()} == names
+
+
+def test_an_unmerge_that_fails_can_be_repeated():
+    layer = make("a", "b")
+    transposed(layer)
+    before, places = layer.base_layer.weight.clone(), layer._derive_places("a")
+    layer.merge(adapter_names=["a", "b"])
+    layer.trpts_places["a"] = places + layer.base_layer.weight.numel()
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        layer.unmerge()
+    assert layer.merged_adapters == ["a"]
+    layer.trpts_places["a"] = places
+    layer.unmerge()
+    assert torch.equal(layer.base_layer.weight, before)
+
+
+@pytest.mark.parametrize("how", ["replaced", "loaded", "set", "written"])
+def test_columns_exchanged_while_merged_leave_unmerge_exact(how):
+    layer = make("a", "b")
+    before = layer.base_layer.weight.clone()
+    layer.merge(adapter_names=["a", "b"])
+    exchange(layer, how)
+    assert torch.equal(layer.unmerged_weight(), before)
+    layer.unmerge()
+    assert torch.equal(layer.base_layer.weight, before)
+
+
+def test_a_merge_undone_leaves_the_buffers_as_they_were():
+    layer = make()
+    names = {name for name, _ in layer.named_buffers()}
+    layer.merge()
+    layer.unmerge()
+    assert {name for name, _ in layer.named_buffers()} == names
 
 
 def test_deleting_an_adapter_between_merges_leaves_unmerge_exact():
@@ -454,6 +525,7 @@ def test_deleting_an_adapter_leaves_nothing_of_it():
     layer.unmerge()
     with pytest.warns(UserWarning, match="Setting active adapter to b"):
         layer.delete_adapter("a")
+    assert "a" not in layer._known_places
     assert not [name for name, _ in [*layer.named_parameters(), *layer.named_buffers()] if name.endswith(".a")]
     torch.testing.assert_close(layer(x), reference(layer, x, "b"))
 
@@ -502,23 +574,15 @@ def test_state_dict_of_a_parent_refreshes_the_layer_too():
 
 
 def test_columns_are_state_and_what_follows_from_them_is_not():
-    layer = make()
-    layer.merge()
-    layer.unmerge()
-    keys = set(layer.state_dict())
+    keys = set(make().state_dict())
     assert {"trpts_columns.a", "trpts_values.a", "trpts_bias.a", "trpts_fingerprint.a"} <= keys
-    derived = ("used", "slots", "places", "original")
-    assert not {key for key in keys if any(word in key for word in derived)}
+    assert not {key for key in keys if any(word in key for word in ("used", "slots", "original", "places"))}
     assert make().state_dict()["trpts_columns.a"].dtype == torch.int64
 
 
 def test_casting_leaves_columns_whole():
-    layer = make()
-    layer.merge()
-    layer.unmerge()
-    layer.to(torch.float16)
-    derived = (layer.trpts_columns, layer.trpts_slots, layer.trpts_places)
-    assert [part["a"].dtype for part in derived] == [torch.int64] * 3
+    layer = make().to(torch.float16)
+    assert layer.trpts_columns["a"].dtype == layer.trpts_slots["a"].dtype == torch.int64
     assert layer.trpts_values["a"].dtype == torch.float16
 
 

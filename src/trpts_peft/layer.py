@@ -82,8 +82,8 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
 
     Per adapter: `trpts_columns` int64 (out_features, C), `trpts_values` (out_features, C), `trpts_bias`
     (out_features,) where the base has a bias and the config trains it, and `trpts_fingerprint`, up to 64 entries of
-    the base weight. `trpts_used`, `trpts_slots` and, from the first `merge` on, `trpts_places` follow from the columns;
-    `trpts_originals` and `trpts_original_bias` hold what `merge` has overwritten.
+    the base weight. `trpts_used` and `trpts_slots` follow from the columns; `trpts_originals` and
+    `trpts_original_bias` hold what `merge` has overwritten, `trpts_places` where in the weight.
 
     While hooks sit on the base layer, the base layer itself is called and the update is added to its output; without
     hooks the two weights are added first, which is faster.
@@ -95,9 +95,9 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         "trpts_fingerprint",
         "trpts_used",
         "trpts_slots",
-        "trpts_places",
         "trpts_originals",
         "trpts_original_bias",
+        "trpts_places",
     )
 
     def __init__(self, base_layer: nn.Linear) -> None:
@@ -110,13 +110,15 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         self.trpts_fingerprint = BufferDict(persistent=True)
         self.trpts_used = BufferDict(persistent=False)
         self.trpts_slots = BufferDict(persistent=False)
-        self.trpts_places = BufferDict(persistent=False)
         self.trpts_originals = BufferDict(persistent=False)
         self.trpts_original_bias = BufferDict(persistent=False)
+        self.trpts_places = BufferDict(persistent=False)
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
         self.fresh: set[str] = set()  # adapters injected, but neither calibrated nor loaded since
+        # Columns, their version and their places, for the next merge. No buffers: these are as before once unmerged.
+        self._known_places: dict[str, tuple[Tensor, int, Tensor]] = {}
         self.register_load_state_dict_post_hook(_refresh_loaded_columns)  # type: ignore[no-untyped-call]
 
     # ---- state of one adapter ----
@@ -138,7 +140,7 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
             bias = torch.zeros(self.out_features) if init_weights else torch.randn(self.out_features)
             self.trpts_bias[adapter_name] = nn.Parameter(bias)
         self.trpts_fingerprint[adapter_name] = self.base_fingerprint()
-        for buffers in (self.trpts_originals, self.trpts_original_bias):
+        for buffers in (self.trpts_originals, self.trpts_original_bias, self.trpts_places):
             # `merge` writes to `_buffers`, past the slow registration: without this the state dict would hold them.
             buffers._non_persistent_buffers_set.add(adapter_name)
         self.refresh(adapter_name)
@@ -162,22 +164,23 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         self.fresh.discard(adapter_name)
 
     def refresh(self, adapter_name: str) -> None:
-        """Derive `trpts_used` and `trpts_slots` from the columns; `trpts_places` wait for a merge."""
+        """Derive `trpts_used` and `trpts_slots` from the columns."""
         columns = self.trpts_columns[adapter_name]
         used, slots = (columns, columns) if columns.is_meta else index_columns(columns)
         self.trpts_used[adapter_name], self.trpts_slots[adapter_name] = used, slots
-        self._forget_places(adapter_name)
 
-    def _forget_places(self, adapter_name: str) -> None:
-        if adapter_name in self.trpts_places:
-            del self.trpts_places[adapter_name]
+    def _derive_places(self, adapter_name: str) -> Tensor:
+        """Where the entries at the columns lie among all of the weight, from the last time if the columns are those.
 
-    def _places(self, adapter_name: str) -> Tensor:
-        """Where the entries at the columns lie among all of the weight; kept, since adapters may be merged often."""
-        known: dict[str, Any] = cast(Any, self._modules["trpts_places"])._buffers
-        if adapter_name not in known:
-            self.trpts_places[adapter_name] = flat_places(self.trpts_columns[adapter_name], self.in_features)
-        places: Tensor = known[adapter_name]
+        A loader may exchange the columns, or write to them, past every method of this class.
+        """
+        columns: Tensor = cast(Any, self._modules["trpts_columns"])._buffers[adapter_name]
+        known = self._known_places.get(adapter_name)
+        if known is not None and known[0] is columns and known[1] == columns._version:
+            return known[2]
+        places = flat_places(columns, self.in_features)
+        if not columns.is_inference():  # those have no version to tell by
+            self._known_places[adapter_name] = columns, columns._version, places
         return places
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -194,12 +197,12 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget all that belongs to the adapter."""
         super().delete_adapter(adapter_name)
+        self._known_places.pop(adapter_name, None)
         self.fresh.discard(adapter_name)
 
     def expect_file(self, adapter_name: str) -> None:
         """Put values that no file holds where a loader has to put the file's: what it leaves out is noticed."""
         self.trpts_columns[adapter_name] = torch.full_like(self.trpts_columns[adapter_name], -1)
-        self._forget_places(adapter_name)
         self.trpts_fingerprint[adapter_name] = torch.full_like(self.trpts_fingerprint[adapter_name], float("nan"))
 
     def expect_no_file(self, adapter_name: str) -> None:
@@ -242,8 +245,8 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         weight = self.base_layer.weight.detach()
         for name in reversed(self.merged_adapters):
             if name in self.trpts_originals:
-                columns = self.trpts_columns[name]
-                weight = weight.scatter(1, columns, self.trpts_originals[name].view_as(columns))
+                entries = weight.flatten().scatter(0, self.trpts_places[name], self.trpts_originals[name])
+                weight = entries.view_as(weight)
         return weight
 
     def base_fingerprint(self) -> Tensor:
@@ -337,22 +340,22 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         Raises:
             ValueError: `safe_merge` found an entry that is not finite.
         """
-        base, all_values, biases, originals, original_bias = self._parts()
+        base, all_values, biases, originals, original_bias, all_places = self._parts()
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in all_values]
         if safe_merge:
             self.check_merge(names)
         weight = base_parameter(base, "weight").data
         entries = weight.flatten()  # those of the weight itself, unless it is not contiguous
         for name in names:
-            places = self._places(name)
-            originals[name] = entries.index_select(0, places)
+            places, bias = self._derive_places(name), base_parameter(base, "bias").data if name in biases else None
+            overwritten = entries.index_select(0, places)
             entries.scatter_add_(0, places, _converted(all_values[name].data, weight).flatten())
-            if name in biases:
-                bias = base_parameter(base, "bias").data
+            _put_back(weight, entries)
+            originals[name], all_places[name] = overwritten, places
+            if bias is not None:
                 original_bias[name] = bias.clone()
                 bias.add_(_converted(biases[name].data, bias))
             self.merged_adapters.append(name)
-        _put_back(weight, entries)
 
     def check_merge(self, adapter_names: list[str]) -> None:
         """Refuse to merge adapters, one after the other, that would leave entries that are not finite."""
@@ -371,15 +374,17 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        base, _, _, originals, original_bias = self._parts()
+        base, _, _, originals, original_bias, all_places = self._parts()
         weight = base_parameter(base, "weight").data
         entries = weight.flatten()
         while self.merged_adapters:
-            name = self.merged_adapters.pop()
-            entries.scatter_(0, self._places(name), originals.pop(name))
+            name = self.merged_adapters[-1]
+            entries.scatter_(0, all_places[name], originals[name])
+            _put_back(weight, entries)
             if name in original_bias:
                 base_parameter(base, "bias").data.copy_(original_bias.pop(name))
-        _put_back(weight, entries)
+            del originals[name], all_places[name]
+            self.merged_adapters.pop()
 
     def _parts(self) -> tuple[Any, ...]:
         """Base layer, values, biases and what merging has overwritten, past the slow lookup of nn.Module."""
@@ -390,6 +395,7 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
             parts["trpts_bias"]._parameters,
             parts["trpts_originals"]._buffers,
             parts["trpts_original_bias"]._buffers,
+            parts["trpts_places"]._buffers,
         )
 
     def get_delta_weight(self, adapter: str) -> Tensor:

@@ -338,7 +338,7 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
             adapter_names: the adapters to merge; None: the active ones.
 
         Raises:
-            ValueError: `safe_merge` found an entry that is not finite.
+            ValueError: `safe_merge` found an entry that is not finite, or a column is outside of the weight.
         """
         base, all_values, biases, originals, original_bias, all_places = self._parts()
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in all_values]

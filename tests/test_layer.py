@@ -342,7 +342,6 @@ def broken_columns(layer):
 
 
 def bias_elsewhere(layer):
-    layer.trpts_bias["b"] = layer.trpts_bias["a"]
     layer.base_layer.bias = nn.Parameter(torch.empty(ROWS, device="meta"), requires_grad=False)
 
 

@@ -117,7 +117,8 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
         self.fresh: set[str] = set()  # adapters injected, but neither calibrated nor loaded since
-        # Columns, their version and their places, for the next merge. No buffers: these are as before once unmerged.
+        # Columns, their version and their places, for the next merge. No buffers: DDP, for one, wants the same ones in
+        # every process, merged there before or not.
         self._known_places: dict[str, tuple[Tensor, int, Tensor]] = {}
         self.register_load_state_dict_post_hook(_refresh_loaded_columns)  # type: ignore[no-untyped-call]
 

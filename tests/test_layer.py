@@ -9,9 +9,12 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import load_checkpoint_in_model
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trpts_peft.layer import TRPTSLinear
+from trpts_peft.sparse_linear import keeps_used
 
 ROWS, INPUTS = 6, 8
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -297,6 +300,10 @@ def test_a_weight_that_is_not_contiguous_is_merged_where_it_lies():
     assert torch.equal(memory, before)
 
 
+def pickled(layer):
+    return pickle.loads(pickle.dumps(layer))
+
+
 def exchange(layer, how):
     columns, values = random_columns(), torch.randn(ROWS, 3)
     if how == "replaced":
@@ -456,6 +463,18 @@ def test_safe_merge_of_two_adapters_merges_none_if_the_second_is_broken():
         assert torch.equal(tensor, before[name])
 
 
+def test_safe_merge_refuses_columns_out_of_range_and_merges_none():
+    layer = make("a", "b")
+    before = copy.deepcopy(layer.base_layer.state_dict())
+    layer.trpts_columns["b"][0, 0] = INPUTS
+    with pytest.raises(
+        ValueError, match=f"^The adapter's columns must be from 0 to {INPUTS - 1}, got . to {INPUTS}: load"
+    ):
+        layer.merge(safe_merge=True, adapter_names=["a", "b"])
+    assert not layer.merged
+    assert torch.equal(layer.base_layer.weight, before["weight"])
+
+
 def test_safe_merge_sees_an_overflow_of_the_sum():
     layer = make("a", "b", dtype=torch.float16)
     before = layer.base_layer.weight.clone()
@@ -525,12 +544,13 @@ def test_deleting_an_adapter_leaves_nothing_of_it():
     with pytest.warns(UserWarning, match="Setting active adapter to b"):
         layer.delete_adapter("a")
     assert "a" not in layer._known_places
+    assert "a" not in layer._derived_from
     assert not [name for name, _ in [*layer.named_parameters(), *layer.named_buffers()] if name.endswith(".a")]
     torch.testing.assert_close(layer(x), reference(layer, x, "b"))
 
 
 @pytest.mark.parametrize("merged", [False, True])
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
 def test_copies_stand_on_their_own(duplicate, merged):
     layer, x = make(), inputs()
     if merged:
@@ -572,6 +592,140 @@ def test_state_dict_of_a_parent_refreshes_the_layer_too():
     torch.testing.assert_close(model(x), other(x))
 
 
+def leave_alone(_module, _arguments, _output):
+    """A forward hook that can be pickled."""
+
+
+def narrow(hooked=False):
+    """A layer whose adapter takes three inputs only: backward goes by what was derived from the columns."""
+    layer = make()
+    layer.replace_columns("a", random_columns(1, 3), torch.randn(ROWS, 1))
+    assert keeps_used(len(layer.trpts_used["a"]), INPUTS)
+    layer.load_state_dict(layer.state_dict())  # columns that were written to once, as those of a fresh copy are
+    if hooked:
+        layer.base_layer.register_forward_hook(leave_alone)
+    return layer
+
+
+def assert_alike(layer, other):
+    """Both give the same outputs and gradients, with the columns of the second."""
+    x, results = inputs(), []
+    assert torch.equal(layer.trpts_columns["a"], other.trpts_columns["a"])
+    for one in (layer, other):
+        parts = (one.trpts_values["a"].requires_grad_(), one.trpts_bias["a"].requires_grad_())
+        results.append((one(x), *torch.autograd.grad(one(x).square().sum(), parts)))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def set_columns(layer, columns):
+    layer.trpts_columns["a"] = columns
+
+
+def write_columns(layer, columns):
+    with torch.no_grad():
+        layer.trpts_columns["a"].copy_(columns)
+
+
+def set_and_move(layer, columns):
+    set_columns(layer, columns)
+    layer._apply(torch.clone)
+
+
+def write_in_inference_mode(layer, columns):
+    with torch.inference_mode():
+        layer.trpts_columns["a"].copy_(columns)
+        layer.eval()
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("duplicate", [lambda layer: layer, copy.deepcopy, pickled])
+@pytest.mark.parametrize("exchange_columns", [set_columns, write_columns, set_and_move, write_in_inference_mode])
+def test_training_follows_columns_that_were_exchanged_past_every_method(exchange_columns, duplicate, hooked):
+    layer = narrow(hooked)
+    exchange_columns(layer, 7 - layer.trpts_columns["a"])
+    layer = duplicate(layer).train()
+    fresh = make()
+    fresh.replace_columns("a", layer.trpts_columns["a"].clone(), layer.trpts_values["a"].detach())
+    fresh.load_state_dict(layer.state_dict())
+    assert_alike(layer, fresh)
+
+
+def test_evaluation_beside_hooks_follows_columns_that_were_exchanged():
+    layer, x = narrow(hooked=True), inputs()
+    set_columns(layer, 7 - layer.trpts_columns["a"])
+    with torch.no_grad():
+        torch.testing.assert_close(layer.eval()(x), reference(layer, x, "a"))
+
+
+def test_training_follows_a_checkpoint_that_accelerate_has_loaded(tmp_path):
+    layer, other = narrow(), narrow()
+    torch.save(other.state_dict(), tmp_path / "pytorch_model.bin")
+    load_checkpoint_in_model(layer, str(tmp_path / "pytorch_model.bin"), device_map={"": "cpu"})
+    assert_alike(layer.train(), other)
+
+
+def test_a_copy_with_columns_written_to_merges_where_they_are():
+    layer, x = narrow(), inputs()
+    layer.merge()
+    layer.unmerge()
+    write_columns(layer, 7 - layer.trpts_columns["a"])
+    twin = copy.deepcopy(layer)
+    expected = reference(twin, x, "a")
+    twin.merge()
+    torch.testing.assert_close(twin(x), expected)
+
+
+def test_nothing_is_derived_again_without_need(monkeypatch):
+    layer = narrow()
+    monkeypatch.setattr("trpts_peft.layer.index_columns", lambda columns: pytest.fail("derived"))
+    for mode in (True, False, True):
+        layer.train(mode)(inputs())
+    torch.func.functional_call(layer, layer.state_dict(), inputs())
+
+
+def test_nothing_is_derived_from_offloaded_columns():
+    layer, x = narrow(), inputs()
+    columns, expected = layer.trpts_columns["a"], layer(x)
+    layer.trpts_columns["a"] = columns.to("meta")
+    layer.train()
+    layer.trpts_columns["a"] = columns
+    assert torch.equal(layer(x), expected)
+    assert torch.equal(layer.trpts_used["a"][layer.trpts_slots["a"]], columns)
+
+
+def test_tensors_that_stand_for_others_are_taken_as_they_are():
+    layer = narrow()
+    with FakeTensorMode() as mode:
+        layer.trpts_columns["a"] = mode.from_tensor(layer.trpts_columns["a"])
+        assert layer.train().training
+
+
+def test_an_adapter_made_in_inference_mode_predicts_outside_of_it():
+    with torch.inference_mode():
+        layer, x = make(), inputs()
+    with torch.no_grad():
+        torch.testing.assert_close(layer.eval()(x), reference(layer, x, "a"))
+
+
+def test_a_base_without_a_bias_of_its_own_is_called():
+    layer, x = make(), inputs()
+    expected = reference(layer, x, "a")
+    inner, layer.base_layer = layer.base_layer, nn.Module()
+    layer.base_layer.weight, layer.base_layer.forward = inner.weight, inner.forward
+    torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("known", ["_known_places", "_derived_from"])
+def test_a_move_lets_go_of_the_tensors_before(known):
+    layer = make()
+    layer.merge()
+    layer.unmerge()
+    assert getattr(layer, known)
+    layer._apply(torch.clone)
+    assert not getattr(layer, known)
+
+
 def test_columns_are_state_and_what_follows_from_them_is_not():
     keys = set(make().state_dict())
     assert {"trpts_columns.a", "trpts_values.a", "trpts_bias.a", "trpts_fingerprint.a"} <= keys
@@ -591,6 +745,8 @@ def test_meta_device():
     layer.update_layer("a", layer.magnitude_columns(2), train_bias=True)
     assert layer.trpts_columns["a"].is_meta
     assert layer.trpts_columns["a"].shape == (ROWS, 2)
+    layer.update_layer("b", random_columns(), train_bias=True)
+    assert layer._derived_from["b"][0] is layer.trpts_columns["b"]
 
 
 def test_repr_names_the_connections():

@@ -300,6 +300,14 @@ def test_nothing_is_gathered_to_be_thrown_away(path, monkeypatch):
     assert not gathered
 
 
+@each_path
+def test_prediction_gives_to_the_bit_what_training_sees(path):
+    arguments = case(path=path)
+    trained = sparse(*arguments)
+    with torch.no_grad():
+        assert torch.equal(sparse(*arguments), trained)
+
+
 def test_a_large_gradient_is_formed_some_rows_at_a_time(monkeypatch):
     arguments = case(path="whole input", shape=(3, 5, INPUTS))
     expected = outputs_and_gradients(dense, *arguments)

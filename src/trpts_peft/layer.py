@@ -54,6 +54,16 @@ def _put_back(weight: Tensor, entries: Tensor) -> None:
         weight.copy_(entries.view_as(weight))
 
 
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; those of inference mode do not count, and are taken for changed each time."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _is_unchanged(tensor: Tensor, known: tuple[Any, ...] | None) -> bool:
+    """Whether it is the tensor that something was derived from, and had been written to as often as now."""
+    return known is not None and known[0] is tensor and known[1] == _version(tensor) >= 0
+
+
 def base_parameter(base: nn.Module, name: str) -> nn.Parameter:
     """A weight or bias of the base layer to write to, past the slow lookup of nn.Module unless a wrapper has it.
 
@@ -117,8 +127,10 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
         self.fresh: set[str] = set()  # adapters injected, but neither calibrated nor loaded since
-        # Columns, their version and their places, for the next merge. No buffers: DDP, for one, wants the same ones in
-        # every process, merged there before or not.
+        # The columns that `trpts_used` and `trpts_slots` follow from, and their version at that time.
+        self._derived_from: dict[str, tuple[Tensor, int]] = {}
+        # The same of the columns merged last, and their places, for the next merge. No buffers: DDP, for one, wants the
+        # same ones in every process, merged there before or not.
         self._known_places: dict[str, tuple[Tensor, int, Tensor]] = {}
         self.register_load_state_dict_post_hook(_refresh_loaded_columns)  # type: ignore[no-untyped-call]
 
@@ -144,8 +156,8 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         for buffers in (self.trpts_originals, self.trpts_original_bias, self.trpts_places):
             # `merge` writes to `_buffers`, past the slow registration: without this the state dict would hold them.
             buffers._non_persistent_buffers_set.add(adapter_name)
-        self.refresh(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.refresh(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def replace_columns(self, adapter_name: str, columns: Tensor, values: Tensor | None = None) -> None:
@@ -167,8 +179,41 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
     def refresh(self, adapter_name: str) -> None:
         """Derive `trpts_used` and `trpts_slots` from the columns."""
         columns = self.trpts_columns[adapter_name]
-        used, slots = (columns, columns) if columns.is_meta else index_columns(columns)
+        with torch.inference_mode(False):  # backward cannot keep what was made in inference mode
+            used, slots = (columns, columns) if columns.is_meta else index_columns(columns)
         self.trpts_used[adapter_name], self.trpts_slots[adapter_name] = used, slots
+        self._derived_from[adapter_name] = columns, _version(columns)
+
+    def _indices(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Columns, used columns and slots, past the slow lookup of nn.Module; only parameters are put elsewhere."""
+        parts: dict[str, Any] = cast(dict[str, Any], self._modules)
+        return (
+            parts["trpts_columns"]._buffers[adapter_name],
+            parts["trpts_used"]._buffers[adapter_name],
+            parts["trpts_slots"]._buffers[adapter_name],
+        )
+
+    def train(self, mode: bool = True) -> TRPTSLinear:
+        """As of any module; refreshes what a loader has left behind that exchanged columns past `load_state_dict`.
+
+        accelerate's `load_checkpoint_in_model` is one. Not in the forward pass: there it would meet compilers, traces,
+        functional calls and replicas.
+        """
+        for name, columns in self.trpts_columns.items():
+            there = type(columns) is Tensor and not columns.is_meta  # and not offloaded, nor standing for others
+            if there and not _is_unchanged(columns, self._derived_from.get(name)):
+                self.refresh(name)
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> TRPTSLinear:
+        """As of any module; nothing that was known of the tensors before keeps them from being freed."""
+        self._known_places.clear()
+        self._derived_from.clear()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy derives anew: its tensors count their writes from zero, so it could not tell what was changed."""
+        return {**vars(self), "_derived_from": {}, "_known_places": {}}
 
     def _derive_places(self, adapter_name: str) -> Tensor:
         """Where the entries at the columns lie among all of the weight, from the last time if the columns are those.
@@ -177,11 +222,10 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         """
         columns: Tensor = cast(Any, self._modules["trpts_columns"])._buffers[adapter_name]
         known = self._known_places.get(adapter_name)
-        if known is not None and known[0] is columns and known[1] == columns._version:
+        if known is not None and _is_unchanged(columns, known):
             return known[2]
         places = flat_places(columns, self.in_features)
-        if not columns.is_inference():  # those have no version to tell by
-            self._known_places[adapter_name] = columns, columns._version, places
+        self._known_places[adapter_name] = columns, _version(columns), places
         return places
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -199,6 +243,7 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         """Forget all that belongs to the adapter."""
         super().delete_adapter(adapter_name)
         self._known_places.pop(adapter_name, None)
+        self._derived_from.pop(adapter_name, None)
         self.fresh.discard(adapter_name)
 
     def expect_file(self, adapter_name: str) -> None:
@@ -280,16 +325,18 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         return y
 
     def _adapted_forward(self, x: Tensor, names: list[str]) -> Tensor:
-        weight, bias = self.base_layer.weight, self._bias_update(names)
+        base, bias = self.base_layer, self._bias_update(names)
+        weight = base.weight
         columns, values, used, slots = self._update(names)
-        if type(self.base_layer) is not nn.Linear or weight.requires_grad or _has_hooks(self.base_layer):
+        if type(base) is not nn.Linear or weight.requires_grad or _has_hooks(base):
             y = added_linear(self._base_forward(x), x, values, used, slots)
             return y if bias is None else y + bias.to(y.dtype)
         if _autocasts(x):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if self.base_layer.bias is not None:
-            bias = self.base_layer.bias if bias is None else self.base_layer.bias + bias
-        bias = None if bias is None else bias.to(x.dtype)
+        base_bias = base.bias
+        if base_bias is not None:
+            bias = base_bias if bias is None else base_bias + bias
+        bias = None if bias is None else _converted(bias, x)
         return sparse_linear(x, weight, bias, columns, values, used, slots)
 
     def _mixed_batch_forward(self, x: Tensor, adapter_names: list[str]) -> Tensor:
@@ -313,9 +360,8 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         """Columns, values, used columns and slots of all the named adapters side by side: their updates add up."""
         if len(names) == 1:
             (name,) = names
-            parts = (self.trpts_columns, self.trpts_values, self.trpts_used, self.trpts_slots)
-            columns, values, used, slots = (part[name] for part in parts)
-            return columns, values, used, slots
+            columns, used, slots = self._indices(name)
+            return columns, self.trpts_values[name], used, slots
         offset, shifted = 0, []
         for name in names:
             shifted.append(self.trpts_slots[name] + offset)
@@ -362,6 +408,7 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         """Refuse to merge adapters, one after the other, that would leave entries that are not finite."""
         weight, bias = self.base_layer.weight.data, self.base_layer.bias
         for name in [name for name in adapter_names if name in self.trpts_values]:
+            self._derive_places(name)  # raises for columns that are out of range, in words of our own
             weight = compose_weight(weight, self.trpts_columns[name], self.trpts_values[name].data)
             finite = bool(weight.gather(1, self.trpts_columns[name]).isfinite().all())
             if name in self.trpts_bias:

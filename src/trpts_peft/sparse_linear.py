@@ -50,6 +50,10 @@ def keeps_used(used: int, in_features: int) -> bool:
     return used <= _WHOLE_INPUT_SHARE * in_features
 
 
+def _composed_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor, values: Tensor) -> Tensor:
+    return F.linear(rows, compose_weight(weight, columns, values).to(rows.dtype), bias)
+
+
 class _SparseLinear(torch.autograd.Function):
     """Autograd would keep all of x and form all of the weight gradient: here x[:, used] and (out, U) of it will do.
 
@@ -73,7 +77,7 @@ class _SparseLinear(torch.autograd.Function):
         ctx.keep, ctx.tokens = keep, tokens
         kept = _with_ones(rows.index_select(1, used)) if keep == "used" else rows if keep == "input" else None
         ctx.save_for_backward(kept, weight, columns, values, slots)
-        return F.linear(rows, compose_weight(weight, columns, values).to(rows.dtype), bias)
+        return _composed_linear(rows, weight, bias, columns, values)
 
     @staticmethod
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
@@ -156,11 +160,14 @@ def sparse_linear(
         (..., out_features) in the dtype of `x`.
     """
     inputs, tokens = weight.shape[1], x.shape[1] if x.dim() == 3 else None
-    keep = None
-    if torch.is_grad_enabled() and values.requires_grad:
-        keep = "used" if keeps_used(used.shape[0], inputs) else "input"
     rows = x.reshape(-1, inputs)
-    y: Tensor = _SparseLinear.apply(rows, weight, bias, columns, values, used, slots, keep, tokens)  # type: ignore[no-untyped-call]
+    if not torch.is_grad_enabled():
+        y = _composed_linear(rows, weight, bias, columns, values)  # a Function takes its time where nothing is kept
+    else:
+        keep = None
+        if values.requires_grad:
+            keep = "used" if keeps_used(used.shape[0], inputs) else "input"
+        y = _SparseLinear.apply(rows, weight, bias, columns, values, used, slots, keep, tokens)  # type: ignore[no-untyped-call]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 

@@ -370,13 +370,14 @@ def test_a_merge_that_fails_leaves_what_can_be_unmerged(breaks):
 def test_an_unmerge_that_fails_can_be_repeated():
     layer = make("a", "b")
     transposed(layer)
-    before, places = layer.base_layer.weight.clone(), layer._derive_places("a")
+    before = layer.base_layer.weight.clone()
     layer.merge(adapter_names=["a", "b"])
-    layer.trpts_places["a"] = places + layer.base_layer.weight.numel()
+    old = layer._overwritten["a"]
+    layer._overwritten["a"] = old._replace(places=old.places + layer.base_layer.weight.numel())
     with pytest.raises(RuntimeError, match="out of bounds"):
         layer.unmerge()
     assert layer.merged_adapters == ["a"]
-    layer.trpts_places["a"] = places
+    layer._overwritten["a"] = old
     layer.unmerge()
     assert torch.equal(layer.base_layer.weight, before)
 
@@ -392,12 +393,31 @@ def test_columns_exchanged_while_merged_leave_unmerge_exact(how):
     assert torch.equal(layer.base_layer.weight, before)
 
 
-def test_a_merge_undone_leaves_the_buffers_as_they_were():
+def test_merging_adds_no_buffers_and_unmerging_keeps_nothing():
     layer = make()
     names = {name for name, _ in layer.named_buffers()}
     layer.merge()
-    layer.unmerge()
     assert {name for name, _ in layer.named_buffers()} == names
+    layer.unmerge()
+    assert not layer._overwritten
+
+
+def test_what_was_overwritten_goes_where_the_layer_goes():
+    layer = make()
+    layer.merge()
+    old = layer._overwritten["a"]
+    layer._apply(torch.clone)  # as a move to another device
+    assert not any(new is part for new, part in zip(layer._overwritten["a"], old, strict=True))
+    layer.half()
+    assert [part.dtype for part in layer._overwritten["a"]] == [torch.int64, torch.float16, torch.float16]
+
+
+def test_what_was_overwritten_follows_a_weight_that_is_moved_alone():
+    layer = make()
+    layer.merge()
+    old = layer._overwritten["a"]
+    assert old.beside(layer.base_layer.weight) is old
+    assert all(part.is_meta for part in old.beside(torch.empty(1, device="meta")))
 
 
 def test_deleting_an_adapter_between_merges_leaves_unmerge_exact():
@@ -408,6 +428,17 @@ def test_deleting_an_adapter_between_merges_leaves_unmerge_exact():
     layer.delete_adapter("a")
     with pytest.warns(UserWarning, match="additionally merging c"):
         layer.merge(adapter_names=["c"])
+    layer.unmerge()
+    for name, tensor in layer.base_layer.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_an_adapter_deleted_while_merged_can_be_unmerged():
+    layer = make("a", "b")
+    before = copy.deepcopy(layer.base_layer.state_dict())
+    layer.merge()
+    with pytest.warns(UserWarning, match="Setting active adapter to b"):
+        layer.delete_adapter("a")
     layer.unmerge()
     for name, tensor in layer.base_layer.state_dict().items():
         assert torch.equal(tensor, before[name])

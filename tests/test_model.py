@@ -693,6 +693,14 @@ def test_a_refused_safe_merge_merges_nothing() -> None:
     assert not any(linear.merged for linear in linears(model).values())
 
 
+def test_a_safe_merge_does_not_look_at_what_is_merged_already() -> None:
+    model = adapter()
+    linears(model)[FC1].trpts_values["default"].data[0, 0] = 2e38  # finite once, not twice
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="already merged"):
+        model.merge_adapter(safe_merge=True)
+
+
 @pytest.mark.parametrize("safe_merge", [False, True])
 def test_weights_that_accelerate_has_moved_away_are_fetched_to_merge(safe_merge: bool) -> None:
     model = adapter()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -46,6 +47,21 @@ def _autocasts(x: Tensor) -> bool:
 def _converted(tensor: Tensor, like: Tensor) -> Tensor:
     """In the dtype of another; to ask first takes less time than a conversion that changes nothing."""
     return tensor if tensor.dtype == like.dtype else tensor.to(like.dtype)
+
+
+class _Overwritten(NamedTuple):
+    """What `merge` has overwritten: where among all entries of the weight, those entries, and a bias that trains."""
+
+    places: Tensor
+    entries: Tensor
+    bias: Tensor | None
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> _Overwritten:
+        return _Overwritten(fn(self.places), fn(self.entries), None if self.bias is None else fn(self.bias))
+
+    def beside(self, weight: Tensor) -> _Overwritten:
+        """On the device of a weight, which accelerate moves past every method of a module."""
+        return self if self.places.device == weight.device else self.apply(lambda tensor: tensor.to(weight.device))
 
 
 def _put_back(weight: Tensor, entries: Tensor) -> None:
@@ -92,8 +108,7 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
 
     Per adapter: `trpts_columns` int64 (out_features, C), `trpts_values` (out_features, C), `trpts_bias`
     (out_features,) where the base has a bias and the config trains it, and `trpts_fingerprint`, up to 64 entries of
-    the base weight. `trpts_used` and `trpts_slots` follow from the columns; `trpts_originals` and
-    `trpts_original_bias` hold what `merge` has overwritten, `trpts_places` where in the weight.
+    the base weight. `trpts_used` and `trpts_slots` follow from the columns.
 
     While hooks sit on the base layer, the base layer itself is called and the update is added to its output; without
     hooks the two weights are added first, which is faster.
@@ -105,9 +120,6 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         "trpts_fingerprint",
         "trpts_used",
         "trpts_slots",
-        "trpts_originals",
-        "trpts_original_bias",
-        "trpts_places",
     )
 
     def __init__(self, base_layer: nn.Linear) -> None:
@@ -120,17 +132,15 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         self.trpts_fingerprint = BufferDict(persistent=True)
         self.trpts_used = BufferDict(persistent=False)
         self.trpts_slots = BufferDict(persistent=False)
-        self.trpts_originals = BufferDict(persistent=False)
-        self.trpts_original_bias = BufferDict(persistent=False)
-        self.trpts_places = BufferDict(persistent=False)
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
         self.fresh: set[str] = set()  # adapters injected, but neither calibrated nor loaded since
+        # No buffers: DDP, for one, wants the same ones in every process, merged there or not.
+        self._overwritten: dict[str, _Overwritten] = {}  # by adapters that are merged
         # The columns that `trpts_used` and `trpts_slots` follow from, and their version at that time.
         self._derived_from: dict[str, tuple[Tensor, int]] = {}
-        # The same of the columns merged last, and their places, for the next merge. No buffers: DDP, for one, wants the
-        # same ones in every process, merged there before or not.
+        # The same of the columns merged last, and their places, for the next merge.
         self._known_places: dict[str, tuple[Tensor, int, Tensor]] = {}
         self.register_load_state_dict_post_hook(_refresh_loaded_columns)  # type: ignore[no-untyped-call]
 
@@ -153,9 +163,6 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
             bias = torch.zeros(self.out_features) if init_weights else torch.randn(self.out_features)
             self.trpts_bias[adapter_name] = nn.Parameter(bias)
         self.trpts_fingerprint[adapter_name] = self.base_fingerprint()
-        for buffers in (self.trpts_originals, self.trpts_original_bias, self.trpts_places):
-            # `merge` writes to `_buffers`, past the slow registration: without this the state dict would hold them.
-            buffers._non_persistent_buffers_set.add(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.refresh(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -209,6 +216,7 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         """As of any module; nothing that was known of the tensors before keeps them from being freed."""
         self._known_places.clear()
         self._derived_from.clear()
+        self._overwritten = {name: old.apply(fn) for name, old in self._overwritten.items()}
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -240,7 +248,7 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         vars(self)["_active_adapter"] = names  # nn.Module would ask whether it is a parameter, a module or a buffer
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forget all that belongs to the adapter."""
+        """Forget all that belongs to the adapter; `unmerge` still puts back what it has overwritten, if it is merged."""
         super().delete_adapter(adapter_name)
         self._known_places.pop(adapter_name, None)
         self._derived_from.pop(adapter_name, None)
@@ -290,9 +298,9 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         """The base weight (out_features, in_features) as it is without any merged adapter."""
         weight = self.base_layer.weight.detach()
         for name in reversed(self.merged_adapters):
-            if name in self.trpts_originals:
-                entries = weight.flatten().scatter(0, self.trpts_places[name], self.trpts_originals[name])
-                weight = entries.view_as(weight)
+            if name in self._overwritten:
+                old = self._overwritten[name].beside(weight)
+                weight = weight.flatten().scatter(0, old.places, old.entries).view_as(weight)
         return weight
 
     def base_fingerprint(self) -> Tensor:
@@ -387,8 +395,17 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         Raises:
             ValueError: `safe_merge` found an entry that is not finite, or a column is outside of the weight.
         """
-        base, all_values, biases, originals, original_bias, all_places = self._parts()
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in all_values]
+        parts: dict[str, Any] = cast(dict[str, Any], self._modules)  # past the slow lookup of nn.Module
+        base, all_values, biases = (
+            parts["base_layer"],
+            parts["trpts_values"]._parameters,
+            parts["trpts_bias"]._parameters,
+        )
+        if adapter_names is None and not self.merged_adapters:
+            adapter_names = self.active_adapters
+        else:
+            adapter_names = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in adapter_names if name in all_values]
         if safe_merge:
             self.check_merge(names)
         weight = base_parameter(base, "weight").data
@@ -398,9 +415,8 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
             overwritten = entries.index_select(0, places)
             entries.scatter_add_(0, places, _converted(all_values[name].data, weight).flatten())
             _put_back(weight, entries)
-            originals[name], all_places[name] = overwritten, places
+            self._overwritten[name] = _Overwritten(places, overwritten, None if bias is None else bias.clone())
             if bias is not None:
-                original_bias[name] = bias.clone()
                 bias.add_(_converted(biases[name].data, bias))
             self.merged_adapters.append(name)
 
@@ -422,29 +438,18 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        base, _, _, originals, original_bias, all_places = self._parts()
+        base = cast(nn.Module, self._modules["base_layer"])
         weight = base_parameter(base, "weight").data
         entries = weight.flatten()
         while self.merged_adapters:
             name = self.merged_adapters[-1]
-            entries.scatter_(0, all_places[name], originals[name])
+            old = self._overwritten[name].beside(weight)
+            entries.scatter_(0, old.places, old.entries)
             _put_back(weight, entries)
-            if name in original_bias:
-                base_parameter(base, "bias").data.copy_(original_bias.pop(name))
-            del originals[name], all_places[name]
+            if old.bias is not None:
+                base_parameter(base, "bias").data.copy_(old.bias)
+            del self._overwritten[name]
             self.merged_adapters.pop()
-
-    def _parts(self) -> tuple[Any, ...]:
-        """Base layer, values, biases and what merging has overwritten, past the slow lookup of nn.Module."""
-        parts: dict[str, Any] = cast(dict[str, Any], self._modules)
-        return (
-            parts["base_layer"],
-            parts["trpts_values"]._parameters,
-            parts["trpts_bias"]._parameters,
-            parts["trpts_originals"]._buffers,
-            parts["trpts_original_bias"]._buffers,
-            parts["trpts_places"]._buffers,
-        )
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Δ of one adapter as a dense (out_features, in_features) tensor, for conversion to other methods."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -45,7 +45,6 @@ __all__ = ["TRPTSModel"]
 logger = logging.getLogger(__name__)
 
 _TARGETS = {family.model_type: list(family.target_modules) for family in FAMILIES}
-_NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 class TRPTSModel(BaseTuner):
@@ -197,17 +196,13 @@ class TRPTSModel(BaseTuner):
         self._check_alike(_merged_with(layers, adapter_names or self.active_adapters), layers)
         _check_entries(layers if safe_merge else [], adapter_names or self.active_adapters)
         self._check_merge_allowed()
-        for layer in layers:
-            with _onloaded(layer):
-                layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+        _on_each(layers, lambda layer: layer.merge(safe_merge, adapter_names))
 
     def unmerge_adapter(self) -> None:
         """Put back the base weights that merging has overwritten, to the bit."""
         layers = _tuner_layers(self.model)
         _check_present(layers)
-        for layer in reversed(layers):  # two that share a weight have merged one after the other
-            with _onloaded(layer):
-                layer.unmerge()
+        _on_each(reversed(layers), lambda layer: layer.unmerge())  # two may share a weight, merged one after the other
 
     def _check_merge_allowed(self) -> None:
         """As PEFT's, which composes its warning of tied embeddings before it asks whether one is adapted."""
@@ -397,7 +392,7 @@ def _check_whole(layers: list[Any]) -> None:
 
 
 def _check_present(layers: list[Any]) -> None:
-    """Refuse to merge where a weight cannot be written, before any is; `_onloaded` fetches those of base layers."""
+    """Refuse to merge where a weight cannot be written, before any is; `_on_each` fetches those of base layers."""
     for layer in layers:
         if type(layer) is TRPTSLinear:
             base = cast(nn.Module, layer._modules["base_layer"])
@@ -414,10 +409,8 @@ def _merged_with(layers: list[Any], adapter_names: list[str]) -> list[str]:
 
 def _check_entries(layers: list[Any], adapter_names: list[str]) -> None:
     """Refuse before any layer is merged: a model merged by half is of no use."""
-    for layer in layers:
-        if isinstance(layer, TRPTSLinear):
-            with _onloaded(layer):
-                layer.check_merge([name for name in adapter_names if name not in layer.merged_adapters])
+    linears = (layer for layer in layers if isinstance(layer, TRPTSLinear))
+    _on_each(linears, lambda layer: layer.check_merge([n for n in adapter_names if n not in layer.merged_adapters]))
 
 
 def _is_offloaded(layer: nn.Module) -> bool:
@@ -425,10 +418,14 @@ def _is_offloaded(layer: nn.Module) -> bool:
     return base is not None and "_hf_hook" in vars(base)
 
 
-def _onloaded(layer: Any) -> AbstractContextManager[None]:
-    """Fetches what accelerate has moved away. Otherwise nothing: to look through all submodules takes its time."""
-    context: AbstractContextManager[None] = onload_layer(layer) if _is_offloaded(layer) else _NOTHING
-    return context
+def _on_each(layers: Iterable[Any], act: Callable[[Any], None]) -> None:
+    """What accelerate has moved away is fetched; for others not even asked, since that looks through all submodules."""
+    for layer in layers:
+        if _is_offloaded(layer):
+            with onload_layer(layer):
+                act(layer)
+        else:
+            act(layer)
 
 
 def _selections(model: nn.Module) -> list[AdapterTokenSelection]:

@@ -248,7 +248,7 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         vars(self)["_active_adapter"] = names  # nn.Module would ask whether it is a parameter, a module or a buffer
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forget all that belongs to the adapter; `unmerge` still puts back what it has overwritten, if it is merged."""
+        """Forget all that belongs to the adapter; `unmerge` still puts back what it has overwritten if it is merged."""
         super().delete_adapter(adapter_name)
         self._known_places.pop(adapter_name, None)
         self._derived_from.pop(adapter_name, None)

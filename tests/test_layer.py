@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -420,6 +421,16 @@ def test_what_was_overwritten_follows_a_weight_that_is_moved_alone():
     assert all(part.is_meta for part in old.beside(torch.empty(1, device="meta")))
 
 
+@pytest.mark.parametrize("restored", [lambda layer: layer.unmerged_weight(), lambda layer: layer.unmerge()])
+def test_what_was_overwritten_is_fetched_before_it_is_put_back(restored, monkeypatch):
+    layer, fetched = make(), []
+    layer.merge()
+    old = layer._overwritten["a"]
+    monkeypatch.setattr(type(old), "beside", lambda self, weight: fetched.append(weight.device) or self)
+    restored(layer)
+    assert fetched == [layer.base_layer.weight.device]
+
+
 def test_deleting_an_adapter_between_merges_leaves_unmerge_exact():
     layer = make("a", "b", "c")
     before = copy.deepcopy(layer.base_layer.state_dict())
@@ -747,14 +758,35 @@ def test_a_base_without_a_bias_of_its_own_is_called():
     torch.testing.assert_close(layer(x), expected)
 
 
-@pytest.mark.parametrize("known", ["_known_places", "_derived_from"])
-def test_a_move_lets_go_of_the_tensors_before(known):
+def test_a_move_lets_go_of_the_tensors_before(monkeypatch):
     layer = make()
     layer.merge()
     layer.unmerge()
-    assert getattr(layer, known)
+    columns, places = (weakref.ref(tensor) for tensor in (layer.trpts_columns["a"], layer._derive_places("a")))
     layer._apply(torch.clone)
-    assert not getattr(layer, known)
+    assert columns() is places() is None
+    monkeypatch.setattr("trpts_peft.layer.index_columns", lambda columns: pytest.fail("derived"))
+    layer.train()
+
+
+def test_copies_of_a_compiled_layer_compute_by_themselves():
+    layer, x = make(), inputs()
+    layer.compile(backend="eager")
+    for twin in (copy.deepcopy(layer), pickled(layer)):
+        twin.trpts_values["a"].data.mul_(2)
+        torch.testing.assert_close(twin(x), reference(twin, x, "a"))
+
+
+def test_train_and_eval_compile():
+    layer, x = narrow(), inputs()
+
+    def step(x):
+        layer.eval()
+        y = layer(x)
+        layer.train()
+        return y
+
+    torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="eager")(x), layer(x))
 
 
 def test_columns_are_state_and_what_follows_from_them_is_not():

@@ -206,22 +206,26 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         accelerate's `load_checkpoint_in_model` is one. Not in the forward pass: there it would meet compilers, traces,
         functional calls and replicas.
         """
-        for name, columns in self.trpts_columns.items():
-            there = type(columns) is Tensor and not columns.is_meta  # and not offloaded, nor standing for others
-            if there and not _is_unchanged(columns, self._derived_from.get(name)):
-                self.refresh(name)
+        if not torch.compiler.is_compiling():
+            for name, columns in self.trpts_columns.items():
+                there = type(columns) is Tensor and not columns.is_meta  # and not offloaded, nor standing for others
+                if there and not _is_unchanged(columns, self._derived_from.get(name)):
+                    self.refresh(name)
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> TRPTSLinear:
-        """As of any module; nothing that was known of the tensors before keeps them from being freed."""
+        """As of any module; what follows from each other still does, and the tensors before are let go."""
+        current = [n for n, columns in self.trpts_columns.items() if _is_unchanged(columns, self._derived_from.get(n))]
         self._known_places.clear()
-        self._derived_from.clear()
         self._overwritten = {name: old.apply(fn) for name, old in self._overwritten.items()}
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._derived_from = {n: (self.trpts_columns[n], _version(self.trpts_columns[n])) for n in current}
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy derives anew: its tensors count their writes from zero, so it could not tell what was changed."""
-        return {**vars(self), "_derived_from": {}, "_known_places": {}}
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**state, "_derived_from": {}, "_known_places": {}}
 
     def _derive_places(self, adapter_name: str) -> Tensor:
         """Where the entries at the columns lie among all of the weight, from the last time if the columns are those.

@@ -223,7 +223,7 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy derives anew: its tensors count their writes from zero, so it could not tell what was changed."""
+        """A copy derives anew: its tensors count their writes anew, so it could not tell whether they were changed."""
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         return {**state, "_derived_from": {}, "_known_places": {}}
 

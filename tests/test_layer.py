@@ -15,7 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trpts_peft.layer import TRPTSLinear
-from trpts_peft.sparse_linear import keeps_used
+from trpts_peft.sparse_linear import index_columns, keeps_used
 
 ROWS, INPUTS = 6, 8
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -719,11 +719,15 @@ def test_a_copy_with_columns_written_to_merges_where_they_are():
 
 
 def test_nothing_is_derived_again_without_need(monkeypatch):
-    layer = narrow()
-    monkeypatch.setattr("trpts_peft.layer.index_columns", lambda columns: pytest.fail("derived"))
+    layer, derived = narrow(), []
+    monkeypatch.setattr("trpts_peft.layer.index_columns", lambda columns: derived.append(1) or index_columns(columns))
     for mode in (True, False, True):
         layer.train(mode)(inputs())
     torch.func.functional_call(layer, layer.state_dict(), inputs())
+    assert not derived
+    set_columns(layer, layer.trpts_columns["a"].clone())
+    layer.train().eval()
+    assert len(derived) == 1
 
 
 def test_nothing_is_derived_from_offloaded_columns():

@@ -302,9 +302,8 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         """The base weight (out_features, in_features) as it is without any merged adapter."""
         weight = self.base_layer.weight.detach()
         for name in reversed(self.merged_adapters):
-            if name in self._overwritten:
-                old = self._overwritten[name].beside(weight)
-                weight = weight.flatten().scatter(0, old.places, old.entries).view_as(weight)
+            old = self._overwritten[name].beside(weight)
+            weight = weight.flatten().scatter(0, old.places, old.entries).view_as(weight)
         return weight
 
     def base_fingerprint(self) -> Tensor:
@@ -397,7 +396,9 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
             adapter_names: the adapters to merge; None: the active ones.
 
         Raises:
-            ValueError: `safe_merge` found an entry that is not finite, or a column is outside of the weight.
+            ValueError: `safe_merge` found an entry that is not finite, a column is outside of the weight, or the weight
+                or bias has no entries here.
+            TypeError: the weight or bias is computed from others at each call.
         """
         parts: dict[str, Any] = cast(dict[str, Any], self._modules)  # past the slow lookup of nn.Module
         base, all_values, biases = (
@@ -405,7 +406,7 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
             parts["trpts_values"]._parameters,
             parts["trpts_bias"]._parameters,
         )
-        if adapter_names is None and not self.merged_adapters:
+        if adapter_names is None and not self.merged_adapters:  # PEFT's check would take its time to leave none out
             adapter_names = self.active_adapters
         else:
             adapter_names = check_adapters_to_merge(self, adapter_names)
@@ -425,10 +426,14 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
             self.merged_adapters.append(name)
 
     def check_merge(self, adapter_names: list[str]) -> None:
-        """Refuse to merge adapters, one after the other, that would leave entries that are not finite."""
+        """Refuse to merge adapters, one after the other, that would leave entries that are not finite.
+
+        Raises:
+            ValueError: an entry would not be finite, or a column is outside of the weight.
+        """
         weight, bias = self.base_layer.weight.data, self.base_layer.bias
         for name in [name for name in adapter_names if name in self.trpts_values]:
-            self._derive_places(name)  # raises for columns that are out of range, in words of our own
+            self._derive_places(name)  # raises for columns outside of the weight, where `scatter` has words of its own
             weight = compose_weight(weight, self.trpts_columns[name], self.trpts_values[name].data)
             finite = bool(weight.gather(1, self.trpts_columns[name]).isfinite().all())
             if name in self.trpts_bias:

@@ -96,6 +96,26 @@ def test_gradients_are_those_of_the_dense_layer():
     assert layer.base_layer.bias.grad is None
 
 
+def test_one_node_of_autograd_leads_from_the_output_to_all_that_trains():
+    """Each further one takes about as long as a product of a small layer."""
+    layer, x = make(), inputs(shape=(4, INPUTS)).requires_grad_()
+    node = layer(x).grad_fn
+    assert node.name() == "_SparseLinearBackward"
+    leaves = [after.variable for after, _ in node.next_functions if after is not None]
+    assert [id(leaf) for leaf in leaves] == [id(x), id(layer.trpts_bias["a"]), id(layer.trpts_values["a"])]
+
+
+def test_parameters_that_are_plain_attributes_are_found():
+    """As in the replicas that nn.DataParallel makes, and under FSDP while the layer is at work."""
+    layer, x = make(), inputs()
+    expected = layer(x)
+    for module in (layer.base_layer, layer.trpts_values, layer.trpts_bias):
+        for name, parameter in dict(module._parameters).items():
+            del module._parameters[name]
+            vars(module)[name] = parameter.detach()
+    assert torch.equal(layer(x), expected)
+
+
 def test_two_active_adapters_add_up():
     layer, x = make("a", "b"), inputs()
     layer.set_adapter(["a", "b"])

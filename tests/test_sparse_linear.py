@@ -125,6 +125,28 @@ def test_outputs_and_gradients_equal_the_dense_product(product, path, bias, shap
         torch.testing.assert_close(result, reference, rtol=1e-5, atol=1e-5)
 
 
+@each_path
+@pytest.mark.parametrize("trained", [("bias",), ("update",), ("bias", "update"), ()])
+@pytest.mark.parametrize("tokens", [5, 1])  # of five that have a gradient
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_update_of_the_bias_has_the_gradient_of_the_bias(path, trained, tokens, dtype):
+    x, weight, bias, columns, values = case(dtype, path=path)
+    biases = {"bias": bias.detach(), "update": torch.randn(ROWS)}
+    leaves = [biases[name].requires_grad_() for name in trained]
+    grad = torch.zeros(2, 5, ROWS, dtype=dtype)
+    grad[:, :tokens] = torch.randn(2, tokens, ROWS).to(dtype)
+    y = sparse_linear(x, weight, biases["bias"], columns, values, *index_columns(columns), biases["update"])
+    total = (biases["bias"] + biases["update"]).to(dtype)
+    assert torch.equal(y, sparse_linear(x, weight, total, columns, values, *index_columns(columns)))
+    with torch.no_grad():
+        predicted = sparse_linear(x, weight, biases["bias"], columns, values, *index_columns(columns), biases["update"])
+    assert torch.equal(predicted, y)
+    for leaf, gradient in zip(leaves, torch.autograd.grad(y, [x, values, *leaves], grad)[2:], strict=True):
+        assert gradient.dtype == leaf.dtype
+        expected = grad.float().sum((0, 1)).to(leaf)
+        torch.testing.assert_close(gradient, expected, rtol=0.02 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
 @each_product
 @each_path
 def test_outputs_and_gradients_in_bfloat16(product, path):
@@ -239,7 +261,7 @@ def test_backward_keeps_only_the_used_columns_of_the_input():
 def test_backward_keeps_the_input_itself_where_most_of_it_is_used():
     x, weight, bias, columns, values = case(path="whole input")
     saved = saved_by(lambda: sparse(x, weight, bias, columns, values))
-    (kept,) = [t for t in saved if t.is_floating_point() and t.shape[0] == 10]
+    (kept,) = [t for t in saved if t.is_floating_point() and t.numel() == x.numel()]
     assert kept.data_ptr() == x.data_ptr()
 
 
@@ -271,15 +293,15 @@ def test_an_update_that_does_not_train_passes_the_gradient_on():
 
 def test_a_device_that_would_have_to_wait_is_not_asked(monkeypatch):
     monkeypatch.setattr("trpts_peft.sparse_linear.tokens_with_gradient", lambda grads: pytest.fail("asked"))
-    assert _rows_to_visit(torch.zeros(10, ROWS, device="meta"), 5) is None
-    assert _rows_to_visit(torch.zeros(10, ROWS), None) is None
+    assert _rows_to_visit(torch.zeros(10, ROWS, device="meta"), torch.Size([2, 5, INPUTS])) is None
+    assert _rows_to_visit(torch.zeros(10, ROWS), torch.Size([10, INPUTS])) is None
 
 
 def test_rows_to_visit_lie_where_the_gradient_lies():
     grad_rows = torch.zeros(10, ROWS)
     grad_rows[::5] = 1
     with torch.device("meta"):  # the default device
-        rows = _rows_to_visit(grad_rows, 5)
+        rows = _rows_to_visit(grad_rows, torch.Size([2, 5, INPUTS]))
     assert rows.tolist() == [0, 5]
 
 

@@ -75,7 +75,7 @@ def tokens_with_gradient(grad_outputs: Tensor) -> Tensor | None:
     In the last block of a classifier that reads the CLS token, the other tokens of most linears have none. None, for
     all of them, where the last token has one: then it is not that block, and no further look is taken.
     """
-    if grad_outputs.numel() == 0 or bool(grad_outputs[:, -1].any()):
+    if grad_outputs.numel() == 0 or bool(grad_outputs.select(1, -1).any()):
         return None
     # Zero throughout is to have zero as minimum and as maximum, at less than half the time of a look at each entry.
     return (grad_outputs.amin((0, 2)).ne(0) | grad_outputs.amax((0, 2)).ne(0)).nonzero().squeeze(1)

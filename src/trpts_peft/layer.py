@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from . import functional
-from .sparse_linear import added_linear, compose_weight, flat_places, index_columns, sparse_linear
+from .sparse_linear import added_linear, compose_weight, converted, flat_places, index_columns, sparse_linear
 from .tuner_layer import TRPTSLayer
 
 __all__ = ["TRPTSLinear", "base_parameter"]
@@ -29,24 +29,25 @@ def _refresh_loaded_columns(layer: nn.Module, _incompatible_keys: object) -> Non
         layer.refresh(adapter_name)
 
 
+def _parameter(module: nn.Module, name: str) -> Any:
+    """As `getattr`, past the slow lookup of nn.Module unless something stands in the parameter's place."""
+    parameter = module._parameters.get(name)
+    return getattr(module, name) if parameter is None else parameter
+
+
 def _has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or hasattr(module, "_hf_hook")  # accelerate's offloading, which fetches the weight in the layer's own forward
+        or "_hf_hook" in vars(module)  # accelerate's offloading, which fetches the weight in the layer's own forward
     )
 
 
 def _autocasts(x: Tensor) -> bool:
     """Whether autocast would convert the input of a linear; it leaves float64 alone, and there is none for meta."""
     return not x.is_meta and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
-
-
-def _converted(tensor: Tensor, like: Tensor) -> Tensor:
-    """In the dtype of another; to ask first takes less time than a conversion that changes nothing."""
-    return tensor if tensor.dtype == like.dtype else tensor.to(like.dtype)
 
 
 class _Overwritten(NamedTuple):
@@ -191,15 +192,6 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         self.trpts_used[adapter_name], self.trpts_slots[adapter_name] = used, slots
         self._derived_from[adapter_name] = columns, _version(columns)
 
-    def _indices(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Columns, used columns and slots, past the slow lookup of nn.Module; only parameters are put elsewhere."""
-        parts: dict[str, Any] = cast(dict[str, Any], self._modules)
-        return (
-            parts["trpts_columns"]._buffers[adapter_name],
-            parts["trpts_used"]._buffers[adapter_name],
-            parts["trpts_slots"]._buffers[adapter_name],
-        )
-
     def train(self, mode: bool = True) -> TRPTSLinear:
         """As of any module; refreshes what a loader has left behind that exchanged columns past `load_state_dict`.
 
@@ -326,29 +318,24 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
             return self._base_forward(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed_batch_forward(x, adapter_names)
-        names = [name for name in self.active_adapters if name in self.trpts_values]
-        if self.merged or not names:
-            return self._base_forward(x, *args, **kwargs)
-        return self._adapted_forward(x, names)
+        values: Any = self._modules["trpts_values"]
+        names = [] if self.merged_adapters else [name for name in self.active_adapters if name in values]
+        return self._adapted_forward(x, names) if names else self._base_forward(x, *args, **kwargs)
 
     def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = self.base_layer(x, *args, **kwargs)
         return y
 
     def _adapted_forward(self, x: Tensor, names: list[str]) -> Tensor:
-        base, bias = self.base_layer, self._bias_update(names)
-        weight = base.weight
-        columns, values, used, slots = self._update(names)
+        base: Any = self._modules["base_layer"]
+        weight = _parameter(base, "weight")
+        (columns, values, used, slots), bias_update = self._update(names), self._bias_update(names)
         if type(base) is not nn.Linear or weight.requires_grad or _has_hooks(base):
             y = added_linear(self._base_forward(x), x, values, used, slots)
-            return y if bias is None else y + bias.to(y.dtype)
+            return y if bias_update is None else y + bias_update.to(y.dtype)
         if _autocasts(x):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        base_bias = base.bias
-        if base_bias is not None:
-            bias = base_bias if bias is None else base_bias + bias
-        bias = None if bias is None else _converted(bias, x)
-        return sparse_linear(x, weight, bias, columns, values, used, slots)
+        return sparse_linear(x, weight, _parameter(base, "bias"), columns, values, used, slots, bias_update)
 
     def _mixed_batch_forward(self, x: Tensor, adapter_names: list[str]) -> Tensor:
         if self.merged:
@@ -370,9 +357,14 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
     def _update(self, names: list[str]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Columns, values, used columns and slots of all the named adapters side by side: their updates add up."""
         if len(names) == 1:
+            parts: Any = self._modules  # past the slow lookup of nn.Module; only parameters are put elsewhere
             (name,) = names
-            columns, used, slots = self._indices(name)
-            return columns, self.trpts_values[name], used, slots
+            return (
+                parts["trpts_columns"]._buffers[name],
+                _parameter(parts["trpts_values"], name),
+                parts["trpts_used"]._buffers[name],
+                parts["trpts_slots"]._buffers[name],
+            )
         offset, shifted = 0, []
         for name in names:
             shifted.append(self.trpts_slots[name] + offset)
@@ -383,7 +375,8 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         return columns, values, used, torch.cat(shifted, dim=1)
 
     def _bias_update(self, names: list[str]) -> Tensor | None:
-        updates = [self.trpts_bias[name] for name in names if name in self.trpts_bias]
+        biases: Any = self._modules["trpts_bias"]
+        updates = [_parameter(biases, name) for name in names if name in biases]
         return None if not updates else updates[0] if len(updates) == 1 else torch.stack(updates).sum(dim=0)
 
     # ---- merging ----
@@ -418,11 +411,11 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         for name in names:
             places, bias = self._derive_places(name), base_parameter(base, "bias").data if name in biases else None
             overwritten = entries.index_select(0, places)
-            entries.scatter_add_(0, places, _converted(all_values[name].data, weight).flatten())
+            entries.scatter_add_(0, places, converted(all_values[name].data, weight).flatten())
             _put_back(weight, entries)
             self._overwritten[name] = _Overwritten(places, overwritten, None if bias is None else bias.clone())
             if bias is not None:
-                bias.add_(_converted(biases[name].data, bias))
+                bias.add_(converted(biases[name].data, bias))
             self.merged_adapters.append(name)
 
     def check_merge(self, adapter_names: list[str]) -> None:

@@ -10,7 +10,11 @@ from torch import Tensor
 
 from .functional import tokens_with_gradient
 
-__all__ = ["added_linear", "compose_weight", "flat_places", "index_columns", "keeps_used", "sparse_linear"]
+# fmt: off
+__all__ = [
+    "added_linear", "compose_weight", "converted", "flat_places", "index_columns", "keeps_used", "sparse_linear",
+]
+# fmt: on
 
 # A rule of thumb: q, k and v share one input, but no used columns, so from some share on all of it takes less memory.
 _WHOLE_INPUT_SHARE = 1 / 2
@@ -40,9 +44,14 @@ def flat_places(columns: Tensor, in_features: int) -> Tensor:
     return (rows * in_features + columns).flatten()
 
 
+def converted(tensor: Tensor, like: Tensor) -> Tensor:
+    """In the dtype of another; to ask first takes less time than a conversion that changes nothing."""
+    return tensor if tensor.dtype == like.dtype else tensor.to(like.dtype)
+
+
 def compose_weight(weight: Tensor, columns: Tensor, values: Tensor) -> Tensor:
     """W + Δ in the dtype of `weight`: (out, in) plus `values` (out, C) at `columns` (out, C); equal columns add up."""
-    return weight.scatter_add(1, columns, values.to(weight.dtype))
+    return weight.scatter_add(1, columns, converted(values, weight))
 
 
 def keeps_used(used: int, in_features: int) -> bool:
@@ -50,34 +59,41 @@ def keeps_used(used: int, in_features: int) -> bool:
     return used <= _WHOLE_INPUT_SHARE * in_features
 
 
-def _composed_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor, values: Tensor) -> Tensor:
-    return F.linear(rows, compose_weight(weight, columns, values).to(rows.dtype), bias)
+def _composed_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, bias_update: Tensor | None, columns: Tensor, values: Tensor
+) -> Tensor:
+    if bias is not None:
+        bias = converted(bias if bias_update is None else bias + bias_update, x)
+    return F.linear(x, converted(compose_weight(weight, columns, values), x), bias)
 
 
 class _SparseLinear(torch.autograd.Function):
     """Autograd would keep all of x and form all of the weight gradient: here x[:, used] and (out, U) of it will do.
 
-    Takes rows (N, in_features) and gives rows, so that no output is a view, which nothing could change in place. What
-    is decided by shapes and modes comes from outside: inside, a compiler may know the shapes by symbols only.
+    What needs no node of its own is done inside, for with small layers, or on a GPU, the time goes into calls. It gives
+    rows (N, out_features), though: no output may be a view, which nothing could change in place. What is decided by
+    shapes and modes comes from outside: inside, a compiler may know the shapes by symbols only. Gradients are converted
+    to the dtypes of the inputs by autograd.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        rows: Tensor,
+        x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        bias_update: Tensor | None,
         columns: Tensor,
         values: Tensor,
         used: Tensor,
         slots: Tensor,
         keep: str | None,
-        tokens: int | None,
     ) -> Tensor:
-        ctx.keep, ctx.tokens = keep, tokens
-        kept = _with_ones(rows.index_select(1, used)) if keep == "used" else rows if keep == "input" else None
+        ctx.keep, ctx.shape = keep, x.shape
+        rows = x.reshape(-1, x.shape[-1])
+        kept = _with_ones(rows.index_select(1, used)) if keep == "used" else x if keep == "input" else None
         ctx.save_for_backward(kept, weight, columns, values, slots)
-        return _composed_linear(rows, weight, bias, columns, values)
+        return _composed_linear(rows, weight, bias, bias_update, columns, values)
 
     @staticmethod
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
@@ -88,24 +104,28 @@ class _SparseLinear(torch.autograd.Function):
                 "input, which gives no second derivatives. Where they are needed, take another method."
             )
         kept, weight, columns, values, slots = ctx.saved_tensors
-        needs_x, _, needs_bias, _, needs_values, *_ = ctx.needs_input_grad
-        grad_x = grad_bias = grad_values = None
-        visited, count = _rows_to_visit(grad_rows, ctx.tokens), grad_rows.shape[0]
+        needs_x, _, needs_bias, needs_update, _, needs_values, *_ = ctx.needs_input_grad
+        grad_x = grad_sum = grad_values = None
+        visited, count = _rows_to_visit(grad_rows, ctx.shape), grad_rows.shape[0]
+        if ctx.keep == "input":
+            kept = kept.reshape(-1, ctx.shape[-1])
         if visited is not None:
             grad_rows, kept = grad_rows[visited], kept if kept is None else kept[visited]
         if needs_x:  # composed again, so that no dense copy of W is kept between forward and backward
-            grad_x = grad_rows @ compose_weight(weight, columns, values).to(grad_rows.dtype)
+            grad_x = grad_rows @ converted(compose_weight(weight, columns, values), grad_rows)
             if visited is not None:
                 grad_x = grad_x.new_zeros(count, grad_x.shape[1]).index_copy_(0, visited, grad_x)
+            grad_x = grad_x.view(ctx.shape)
         if needs_values and ctx.keep == "used":
             grad_used = kept.t() @ grad_rows
-            grad_values = grad_used.t().gather(1, slots).to(values.dtype)
-            grad_bias = grad_used[-1] if needs_bias and _sums_by_product(grad_rows) else None
+            grad_values = grad_used.t().gather(1, slots)
+            grad_sum = grad_used[-1] if _sums_by_product(grad_rows) else None
         elif needs_values:
-            grad_values = _gathered_gradient(kept, grad_rows, columns).to(values.dtype)
-        if needs_bias and grad_bias is None:
-            grad_bias = grad_rows.sum(dim=0)
-        return grad_x, None, grad_bias, None, grad_values, None, None, None, None
+            grad_values = _gathered_gradient(kept, grad_rows, columns)
+        if grad_sum is None and (needs_bias or needs_update):
+            grad_sum = grad_rows.sum(dim=0)
+        grad_bias, grad_update = grad_sum if needs_bias else None, grad_sum if needs_update else None
+        return grad_x, None, grad_bias, grad_update, None, grad_values, None, None, None
 
 
 def _sums_by_product(rows: Tensor) -> bool:
@@ -118,17 +138,17 @@ def _with_ones(x_used: Tensor) -> Tensor:
     return torch.cat([x_used, x_used.new_ones(x_used.shape[0], 1)], dim=1) if _sums_by_product(x_used) else x_used
 
 
-def _rows_to_visit(grad_rows: Tensor, tokens: int | None) -> Tensor | None:
-    """The rows of those tokens that have a gradient in some sample, None for all rows.
+def _rows_to_visit(grad_rows: Tensor, shape: torch.Size) -> Tensor | None:
+    """The rows of those tokens that have a gradient in some sample of an input (B, T, in), None for all rows.
 
     To ask would make a GPU wait, and a compiled graph cannot: there all rows are visited.
     """
-    if not tokens or grad_rows.device.type != "cpu" or torch.compiler.is_compiling():
+    if len(shape) != 3 or grad_rows.device.type != "cpu" or torch.compiler.is_compiling():
         return None
-    visited = tokens_with_gradient(grad_rows.reshape(-1, tokens, grad_rows.shape[1]))
+    visited = tokens_with_gradient(grad_rows.view(*shape[:2], grad_rows.shape[1]))
     if visited is None:
         return None
-    first = torch.arange(0, grad_rows.shape[0], tokens, device=grad_rows.device).unsqueeze(1)
+    first = torch.arange(0, grad_rows.shape[0], shape[1], device=grad_rows.device).unsqueeze(1)
     return (first + visited).flatten()
 
 
@@ -140,9 +160,16 @@ def _gathered_gradient(rows: Tensor, grad_rows: Tensor, columns: Tensor) -> Tens
 
 
 def sparse_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor, values: Tensor, used: Tensor, slots: Tensor
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    columns: Tensor,
+    values: Tensor,
+    used: Tensor,
+    slots: Tensor,
+    bias_update: Tensor | None = None,
 ) -> Tensor:
-    """x (W + Δ)ᵀ + b with no gradient for W; keeps U of the in_features input columns for backward.
+    """x (W + Δ)ᵀ + b + Δb with no gradient for W; keeps U of the in_features input columns for backward.
 
     Where U is more than half of in_features, all of x is kept instead, without a copy.
     On a CPU, backward leaves out the tokens of (B, T, in_features) whose gradient is zero in all samples.
@@ -150,24 +177,24 @@ def sparse_linear(
     Args:
         x: (..., in_features), in the dtype to compute in.
         weight: W, frozen, (out_features, in_features).
-        bias: b, (out_features,) in the dtype of `x`, or None.
+        bias: b, (out_features,), or None.
         columns: int64 (out_features, C); a column may occur twice in a row, then its values add up.
         values: (out_features, C), possibly of higher precision than `weight`, to which W + Δ is rounded.
         used: int64 (U,), input columns that cover `columns`.
         slots: int64 (out_features, C), used[slots] = columns.
+        bias_update: Δb, (out_features,), or None; without b there is none.
 
     Returns:
         (..., out_features) in the dtype of `x`.
     """
-    inputs, tokens = weight.shape[1], x.shape[1] if x.dim() == 3 else None
-    rows = x.reshape(-1, inputs)
-    if not torch.is_grad_enabled():
-        y = _composed_linear(rows, weight, bias, columns, values)  # a Function takes its time where nothing is kept
-    else:
-        keep = None
-        if values.requires_grad:
-            keep = "used" if keeps_used(used.shape[0], inputs) else "input"
-        y = _SparseLinear.apply(rows, weight, bias, columns, values, used, slots, keep, tokens)  # type: ignore[no-untyped-call]
+    if not torch.is_grad_enabled():  # a Function takes its time where nothing is kept
+        return _composed_linear(x, weight, bias, bias_update, columns, values)
+    keep = None
+    if values.requires_grad:
+        keep = "used" if keeps_used(used.shape[0], weight.shape[1]) else "input"
+    y: Tensor = _SparseLinear.apply(  # type: ignore[no-untyped-call]
+        x, weight, bias, bias_update, columns, values, used, slots, keep
+    )
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 

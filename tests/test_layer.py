@@ -96,23 +96,43 @@ def test_gradients_are_those_of_the_dense_layer():
     assert layer.base_layer.bias.grad is None
 
 
-def test_one_node_of_autograd_leads_from_the_output_to_all_that_trains():
+@pytest.mark.parametrize("shape", [(4, INPUTS), (4, 5, INPUTS)])
+def test_one_node_of_autograd_leads_from_the_output_to_all_that_trains(shape):
     """Each further one takes about as long as a product of a small layer."""
-    layer, x = make(), inputs(shape=(4, INPUTS)).requires_grad_()
+    layer, x = make(), inputs(shape=shape).requires_grad_()
     node = layer(x).grad_fn
+    if len(shape) == 3:
+        assert node.name() == "ViewBackward0"
+        ((node, _),) = node.next_functions
     assert node.name() == "_SparseLinearBackward"
     leaves = [after.variable for after, _ in node.next_functions if after is not None]
     assert [id(leaf) for leaf in leaves] == [id(x), id(layer.trpts_bias["a"]), id(layer.trpts_values["a"])]
 
 
 def test_parameters_that_are_plain_attributes_are_found():
-    """As in the replicas that nn.DataParallel makes, and under FSDP while the layer is at work."""
+    """As in the replicas that nn.DataParallel makes, and under the first FSDP while the layer is at work."""
     layer, x = make(), inputs()
     expected = layer(x)
     for module in (layer.base_layer, layer.trpts_values, layer.trpts_bias):
         for name, parameter in dict(module._parameters).items():
             del module._parameters[name]
             vars(module)[name] = parameter.detach()
+    assert torch.equal(layer(x), expected)
+
+
+class Gathering(dict):
+    """A dict of parameters as DeepSpeed's: whole are those only that are asked for as items."""
+
+    def __getitem__(self, name):
+        return self.whole[name]
+
+
+def test_parameters_that_are_gathered_when_asked_for_are_whole():
+    layer, x = make(), inputs()
+    expected = layer(x)
+    for module in (layer.trpts_values, layer.trpts_bias):
+        parts = Gathering({name: nn.Parameter(torch.empty(0)) for name in module._parameters})
+        parts.whole, module._parameters = module._parameters, parts
     assert torch.equal(layer(x), expected)
 
 

@@ -32,7 +32,7 @@ from transformers.models.vit_msn import modeling_vit_msn
 
 from conftest import FAMILIES, PREFIX, LabelledImages, build_images, build_vit, naive_attend, naive_transform
 from trpts_peft import TRPTSConfig, apply_token_selection, calibrate, set_token_selection
-from trpts_peft.vit import keep_rates_in_force, token_selections
+from trpts_peft.vit import install_keep_rates, keep_rates_in_force, token_selections
 
 STOCK = {
     "vit": (modeling_vit.ViTLayer, modeling_vit.ViTAttention),
@@ -262,6 +262,16 @@ def test_compiles_in_one_graph(family: str, context: Any) -> None:
     model = adapter(build_vit(family, num_hidden_layers=2), token_layers=[0])
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with context:
+        torch.testing.assert_close(compiled(build_images()).logits, predict(model), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_trains_compiled_when_the_rate_changes(dynamic: bool | None) -> None:
+    torch._dynamo.reset()
+    model = adapter(build_vit(num_hidden_layers=2), token_layers=[0]).train()
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=dynamic)
+    for rate in (0.5, 0.3, 0.8):  # a second float in the same place would count as a variable
+        install_keep_rates(model.base_model.model, "default", {0: rate})
         torch.testing.assert_close(compiled(build_images()).logits, predict(model), rtol=1e-4, atol=1e-5)
 
 

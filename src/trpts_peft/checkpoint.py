@@ -194,7 +194,7 @@ def _keep_rates(model: nn.Module, adapter_name: str) -> dict[str, int]:
     return {
         f"{name}.trpts_keep_ppm.{adapter_name}": in_millionths(rate)
         for name, module in model.named_modules()
-        if isinstance(module, AdapterTokenSelection) and (rate := module.keep_rates.get(adapter_name)) is not None
+        if isinstance(module, AdapterTokenSelection) and (rate := module.own_rate(adapter_name)) is not None
     }
 
 

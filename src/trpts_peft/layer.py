@@ -31,7 +31,10 @@ def _refresh_loaded_columns(layer: nn.Module, _incompatible_keys: object) -> Non
 
 def _parameter(module: nn.Module, name: str) -> Any:
     """As `getattr`, past the slow lookup of nn.Module unless something stands in the parameter's place."""
-    parameter = module._parameters.get(name)
+    try:
+        parameter = module._parameters[name]  # not by `get`: DeepSpeed's dict gathers what is asked for as an item
+    except KeyError:
+        parameter = None
     return getattr(module, name) if parameter is None else parameter
 
 

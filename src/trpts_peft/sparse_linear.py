@@ -62,18 +62,18 @@ def keeps_used(used: int, in_features: int) -> bool:
 def _composed_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, bias_update: Tensor | None, columns: Tensor, values: Tensor
 ) -> Tensor:
-    if bias is not None:
-        bias = converted(bias if bias_update is None else bias + bias_update, x)
-    return F.linear(x, converted(compose_weight(weight, columns, values), x), bias)
+    given = [part for part in (bias, bias_update) if part is not None]
+    total = converted(given[0] if len(given) == 1 else given[0] + given[1], x) if given else None
+    return F.linear(x, converted(compose_weight(weight, columns, values), x), total)
 
 
 class _SparseLinear(torch.autograd.Function):
     """Autograd would keep all of x and form all of the weight gradient: here x[:, used] and (out, U) of it will do.
 
-    What needs no node of its own is done inside, for with small layers, or on a GPU, the time goes into calls. It gives
-    rows (N, out_features), though: no output may be a view, which nothing could change in place. What is decided by
-    shapes and modes comes from outside: inside, a compiler may know the shapes by symbols only. Gradients are converted
-    to the dtypes of the inputs by autograd.
+    What needs no node of its own is done inside: with small layers the time goes into nodes and calls. Only the shape
+    of the output is given outside, for a view that comes out of a function cannot be changed in place. What is decided
+    by shapes and modes comes from outside, too: inside, a compiler may know the shapes by symbols only. Gradients are
+    converted to the dtypes of the inputs by autograd.
     """
 
     @staticmethod
@@ -182,12 +182,12 @@ def sparse_linear(
         values: (out_features, C), possibly of higher precision than `weight`, to which W + Δ is rounded.
         used: int64 (U,), input columns that cover `columns`.
         slots: int64 (out_features, C), used[slots] = columns.
-        bias_update: Δb, (out_features,), or None; without b there is none.
+        bias_update: Δb, (out_features,), or None.
 
     Returns:
         (..., out_features) in the dtype of `x`.
     """
-    if not torch.is_grad_enabled():  # a Function takes its time where nothing is kept
+    if not torch.is_grad_enabled():  # a Function takes its time where nothing is kept; as `nn.Linear`, once merged
         return _composed_linear(x, weight, bias, bias_update, columns, values)
     keep = None
     if values.requires_grad:

@@ -80,7 +80,9 @@ class AdapterTokenSelection(TokenSelection, TRPTSLayer):
     def __init__(self, num_prefix_tokens: int, blocks: tuple[nn.Module, ...] = ()) -> None:
         super().__init__(num_prefix_tokens)
         self._blocks = blocks  # of the model, to restore their classes; a tuple, so that they are no child modules
-        self.keep_rates: dict[str, float | None] = {}  # of every adapter; None for one that selects nothing here
+        # Of every adapter; None for one that selects nothing here. As text, which compilers take for constant: a float
+        # that has changed is a variable to them, and so would be the number of tokens.
+        self.keep_rates: dict[str, str | None] = {}
         # The rate in millionths, for the file: an adapter can be told from one with other token layers.
         self.trpts_keep_ppm = BufferDict(persistent=True)
         self._disable_adapters = False
@@ -98,9 +100,14 @@ class AdapterTokenSelection(TokenSelection, TRPTSLayer):
             return None
         return self.rate_of(self.merged_adapters or self.active_adapters)
 
+    def own_rate(self, adapter_name: str) -> float | None:
+        """The rate of an adapter here, None if it selects nothing in this block."""
+        text = self.keep_rates.get(adapter_name)
+        return None if text is None else float(text)
+
     def rate_of(self, adapter_names: list[str]) -> float | None:
         """The rate below one that the named adapters share in this block; None if all tokens stay."""
-        rates = [self._below_one(self.keep_rates.get(name)) for name in adapter_names]
+        rates = [self._below_one(self.own_rate(name)) for name in adapter_names]
         if any(rate != rates[0] for rate in rates):
             raise ValueError(
                 "Adapters used together must select tokens alike, got in one block the rates "
@@ -121,7 +128,7 @@ class AdapterTokenSelection(TokenSelection, TRPTSLayer):
 
     def set_rate(self, adapter_name: str, rate: float | None) -> None:
         """Set the rate of an adapter here; None if it selects nothing in this block."""
-        self.keep_rates[adapter_name] = rate
+        self.keep_rates[adapter_name] = None if rate is None else repr(float(rate))
         if rate is not None:
             self.trpts_keep_ppm[adapter_name] = torch.tensor(in_millionths(rate), device=self._device())
         elif adapter_name in self.trpts_keep_ppm:
@@ -138,7 +145,7 @@ class AdapterTokenSelection(TokenSelection, TRPTSLayer):
 
     def expect_no_file(self, adapter_name: str) -> None:
         """Take `expect_file` back."""
-        self.set_rate(adapter_name, self.keep_rates.get(adapter_name))
+        self.set_rate(adapter_name, self.own_rate(adapter_name))
 
     def follow(self, layer: TRPTSLayer) -> None:
         """Take over from another layer which adapter is active, and whether it is disabled."""
@@ -172,7 +179,7 @@ class AdapterTokenSelection(TokenSelection, TRPTSLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """LoRA cannot drop tokens."""
-        return self.keep_rates.get(adapter_name) is None
+        return self.own_rate(adapter_name) is None
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """The only tensor here is a record of a Python number: it needs to be nowhere in particular."""

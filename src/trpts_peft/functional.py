@@ -226,10 +226,17 @@ def select_and_merge(
         return hidden, torch.arange(num_tokens, device=hidden.device).expand(batch, -1)
     kept = _by_importance(importance)[:, :count].sort(dim=1).values
     prefix, tokens = hidden[:, :num_prefix_tokens], hidden[:, num_prefix_tokens:]
-    selected = tokens.gather(1, kept.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+    selected = _selected(hidden, kept + num_prefix_tokens)
     weights = _merge_weights(importance, kept).to(hidden.dtype)
     merged = torch.bmm(weights.unsqueeze(1), tokens)
     return torch.cat([prefix, selected, merged], dim=1), kept
+
+
+def _selected(hidden: Tensor, places: Tensor) -> Tensor:
+    """The tokens (B, K, D) of hidden (B, S, D) at places (B, K); as whole rows, for `gather` looks at each entry."""
+    batch, length, width = hidden.shape
+    first = torch.arange(batch, device=hidden.device).unsqueeze(1) * length
+    return hidden.flatten(0, 1).index_select(0, (first + places).flatten()).view(batch, places.shape[1], width)
 
 
 def _by_importance(importance: Tensor) -> Tensor:

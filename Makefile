@@ -1,4 +1,4 @@
-# `make demo` and `make test` need only Python 3.10-3.13 and a package index; both set up .venv first.
+# `make demo` and `make test` need only Python 3.10-3.14 and a package index; both set up .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

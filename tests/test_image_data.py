@@ -234,7 +234,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
 
 
 # datasets leaves a file open that it could not decode.
-@pytest.mark.filterwarnings("ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:Exception ignored .*<_io.FileIO:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", BAD)
 def test_what_does_not_fit_is_refused(tmp_path: Path, name: str) -> None:
     make, options, message = BAD[name]

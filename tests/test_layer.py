@@ -100,7 +100,8 @@ def test_gradients_are_those_of_the_dense_layer():
 def test_one_node_of_autograd_leads_from_the_output_to_all_that_trains(shape):
     """Each further one takes about as long as a product of a small layer."""
     layer, x = make(), inputs(shape=shape).requires_grad_()
-    node = layer(x).grad_fn
+    y = layer(x)  # with torch 2.10 a node does not outlive it
+    node = y.grad_fn
     if len(shape) == 3:
         assert node.name() == "ViewBackward0"
         ((node, _),) = node.next_functions

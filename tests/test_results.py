@@ -10,8 +10,17 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
+from benchmarks.placements import PLACEMENTS
 from benchmarks.recorded import Results
-from benchmarks.results import ablation_table, comparison_table, filled, marked_table, method_table, rate_table
+from benchmarks.results import (
+    ablation_table,
+    comparison_table,
+    filled,
+    marked_table,
+    method_table,
+    placement_table,
+    rate_table,
+)
 from benchmarks.results_figures import draw_ablations, draw_methods
 from benchmarks.variants import ABLATIONS, METHODS
 
@@ -59,6 +68,14 @@ def test_ablations_are_compared_where_they_have_every_task(write: Any) -> None:
     assert comparison_table(write.results()).splitlines()[2:] == ["| no-cap | 3 | 3 | +1.0 ± 0.0 | +1.0 | +1.0 |"]
 
 
+def test_comparisons_of_those_that_are_named(write: Any) -> None:
+    write("sparse-0.8", {"a": [60.0, 62.0], "b": [80.0]})
+    write("dense-0.8", {"a": [60.0], "b": [80.0]})
+    write("lora", {"a": [1.0], "b": [1.0], "c": [1.0]})
+    lines = comparison_table(write.results(), "sparse-0.8", ["dense-0.8"]).splitlines()[2:]
+    assert lines == ["| dense-0.8 | 2 | 1 | +0.5 ± 0.5 | +0.0 | +1.0 |"]
+
+
 def test_the_rates_that_were_chosen(write: Any) -> None:
     write("lora", {"a": [1.0], "b": [1.0]})
     for task, rates in {"a": {"0.003": 50.0, "0.01": 60.0}, "b": {"0.003": 51.0, "0.01": 62.0, "0.03": 1.0}}.items():
@@ -82,6 +99,17 @@ def test_what_scores_mark(write: Any) -> None:
     lines = marked_table(write.results()).splitlines()
     assert lines[0].startswith("| linear | used: fisher | used: varying | used: gradient |")
     assert lines[2:] == ["| fc1 | 10 | 20 | 30 | 40 | 50 | 50 | 1 | 2 | 3 | 4 |"]
+
+
+def test_the_blocks_of_each_placement(write: Any) -> None:
+    one, two = {"blocks": [9, 11], "speedup": 1.1}, {"blocks": [0, 3], "speedup": 1.3}
+    found = {name: [one, two] if name == "random-0.8" else [one] for name in PLACEMENTS}
+    content = {"tasks": {"a": found, "b": {name: [two] for name in PLACEMENTS}}}
+    (write.folder / "placements.json").write_text(json.dumps(content))
+    lines = placement_table(write.results()).splitlines()
+    assert lines[0] == "| variant | a | b | predicted speed-up |"
+    assert lines[2] == "| sparse-0.8 | 9 11 | 0 3 | 1.200 |"
+    assert lines[4] == "| random-0.8 | 9 11; 0 3 | 0 3 | 1.233 |"
 
 
 def test_tables_stand_between_their_marks(write: Any) -> None:
@@ -126,4 +154,4 @@ def test_the_page_shows_the_recorded_cells() -> None:
     page = (DOCS / "results.md").read_text(encoding="utf-8")
     suites = {path.name: Results.read(path) for path in (DOCS / "results").iterdir() if path.is_dir()}
     assert filled(page, suites) == page
-    assert page.count("<!-- table:") == page.count("<!-- end -->") == 14
+    assert page.count("<!-- table:") == page.count("<!-- end -->") == 16

@@ -27,13 +27,14 @@ def test_a_name_is_one_variant() -> None:
 
 
 def test_ablations_change_one_thing() -> None:
-    """But for budgets, which need the cap away, and placements, which are tried at two rates."""
+    """But for budgets, which need the cap away, and where tokens are dropped, which is tried at two rates."""
     for question in set(ABLATIONS) - {"score", "inputs marked", "learning rate"}:
         for variant in ABLATIONS[question]:
             settings = {k: v for k, v in variant.options.items() if k in SETTINGS and v != SETTINGS[k]}
             changed = [*settings, *variant.scoring, *([] if variant.probed_head else ["head"])]
             assert len(changed) <= 1 or set(changed) in (
                 {"keep_rate", "token_placement"},
+                {"keep_rate", "token_layers"},
                 {"budget", "max_connections"},
             )
 

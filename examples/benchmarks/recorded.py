@@ -24,16 +24,18 @@ class Results:
         rates: {variant: {task: what was chosen from}}.
         times: what `benchmarks.times` measured, or empty.
         marked: what `benchmarks.marked` measured, as means over tasks, or empty.
+        placements: what `benchmarks.placements` found, {task: {variant: one of each seed}}, or empty.
     """
 
     cells: Mapping[str, Mapping[str, Sequence[Cell]]]
     rates: Mapping[str, Mapping[str, Any]]
     times: Mapping[str, Any]
     marked: Mapping[str, Any]
+    placements: Mapping[str, Any]
 
     @classmethod
     def read(cls, folder: Path) -> Results:
-        """From `<task>/<variant>/seed-<n>.json`, `rates.json` beside them, `times.json` and `marked.json`."""
+        """From `<task>/<variant>/seed-<n>.json`, `rates.json` beside them, and the files of the other commands."""
         cells: dict[str, dict[str, list[Cell]]] = {}
         rates: dict[str, dict[str, Any]] = {}
         for path in sorted(folder.glob("*/*/*.json")):
@@ -43,7 +45,8 @@ class Results:
             else:
                 cells.setdefault(variant, {}).setdefault(task, []).append(content)
         times, marked = _content(folder / "times.json"), _content(folder / "marked.json")
-        return cls(cells, rates, times.get("to_full", {}), marked.get("mean", {}))
+        placements = _content(folder / "placements.json")
+        return cls(cells, rates, times.get("to_full", {}), marked.get("mean", {}), placements.get("tasks", {}))
 
     @cached_property
     def tasks(self) -> list[str]:

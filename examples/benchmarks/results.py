@@ -11,15 +11,25 @@ import argparse
 import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from benchmarks.marked import SCORES
+from benchmarks.placements import PLACEMENTS
 from benchmarks.recorded import Results
 from benchmarks.results_figures import draw_ablations, draw_methods
 from benchmarks.variants import ABLATIONS, METHODS, VARIANTS
 from tables import markdown_table
 
-__all__ = ["ablation_table", "comparison_table", "filled", "marked_table", "method_table", "rate_table"]
+__all__ = [
+    "ablation_table",
+    "comparison_table",
+    "filled",
+    "marked_table",
+    "method_table",
+    "placement_table",
+    "rate_table",
+]
 
 _DOCS = Path(__file__).parents[2] / "docs"
 _BLOCK = re.compile(r"(<!-- table: (\S+)/(\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -44,20 +54,19 @@ def _method_row(results: Results, name: str) -> list[str]:
     ]
 
 
-def comparison_table(results: Results, ours: str = "trpts") -> str:
+def comparison_table(results: Results, ours: str = "trpts", others: Sequence[str] = ()) -> str:
     """`ours` minus others, task by task: the mean difference with its standard error, and who wins.
 
-    The others are the methods, and of the ablations those that have every task.
+    The others are, unless they are named, the methods, and of the ablations those that have every task.
     """
     header = ["against", "tasks", "won", "mean difference", "lowest", "highest"]
-    return markdown_table(header, list(_comparisons(results, ours)))
+    others = others or [name for name in VARIANTS if name in METHODS or all(results.of(name, t) for t in results.tasks)]
+    return markdown_table(header, list(_comparisons(results, ours, others)))
 
 
-def _comparisons(results: Results, ours: str) -> Iterator[list[str]]:
-    for other in VARIANTS:
+def _comparisons(results: Results, ours: str, others: Sequence[str]) -> Iterator[list[str]]:
+    for other in others:
         tasks = [task for task in results.tasks if results.of(ours, task) and results.of(other, task)]
-        if other not in METHODS and tasks != results.tasks:
-            continue
         differences = [results.mean(ours, task) - results.mean(other, task) for task in tasks]
         if other != ours and len(differences) > 1:
             error = statistics.stdev(differences) / len(differences) ** 0.5
@@ -109,6 +118,17 @@ def marked_table(results: Results) -> str:
     return markdown_table(header, rows)
 
 
+def placement_table(results: Results) -> str:
+    """Per placement: the blocks it picks on each task, seed by seed, and the mean speed-up that is predicted."""
+    rows = []
+    for name in PLACEMENTS if results.placements else ():
+        by_task = [task[name] for task in results.placements.values()]
+        blocks = ["; ".join(" ".join(map(str, one["blocks"])) for one in found) for found in by_task]
+        speedup = statistics.mean(one["speedup"] for found in by_task for one in found)
+        rows.append([name, *blocks, f"{speedup:.3f}"])
+    return markdown_table(["variant", *results.placements, "predicted speed-up"], rows)
+
+
 def _spread(values: Sequence[float]) -> str:
     if not values:
         return ""
@@ -120,6 +140,8 @@ def filled(page: str, suites: Mapping[str, Results]) -> str:
     tables: dict[str, Callable[[Results], str]] = {
         "methods": method_table,
         "comparison": comparison_table,
+        "placements": placement_table,
+        "placements-compared": partial(comparison_table, ours=PLACEMENTS[0], others=PLACEMENTS[1:]),
         "rates": rate_table,
         "marked": marked_table,
     }

@@ -114,6 +114,7 @@ ABLATIONS = {
         _options("dense-0.8", token_placement="dense", keep_rate=0.8),
         _options("random-0.95", token_placement="random"),
         _options("random-0.8", token_placement="random", keep_rate=0.8),
+        _options("late-0.8", token_layers=[9, 10, 11], keep_rate=0.8),  # the last three of 12 blocks, whatever the task
     ],
     "score": [_scores("fisher"), METHODS["gps"], _scores("magnitude"), _scores("random")],
     "inputs marked": [

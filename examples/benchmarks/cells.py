@@ -84,7 +84,7 @@ def network(start: Start, variant: Variant, seed: int) -> nn.Module:
     """The model that trains: the method applied to the base, GPS and TR-PTS calibrated."""
     set_seed(seed)
     base = start.base(variant.probed_head)
-    model = build(variant.method, base, {**variant.options, **({"seed": seed} if variant.draws else {})})
+    model = build(variant.method, base, variant.seeded(seed))
     config = model.peft_config["default"] if isinstance(model, PeftModel) else None
     if isinstance(config, TRPTSConfig):
         _calibrate(model, config, start, variant)

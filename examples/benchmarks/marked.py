@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from benchmarks.cells import machine, quiet, versions
+from benchmarks.measured import add_measured_arguments, measured
 from benchmarks.scores import constant_parts
-from benchmarks.start import Start, weights_digest
-from benchmarks.suites import add_arguments, named, tasks_of
+from benchmarks.start import Start
 from trpts_peft.functional import top_connections
 from trpts_peft.run_folder import write_json
 
@@ -36,13 +34,13 @@ def marked(start: Start, connections: int = 2) -> dict[str, dict[str, Any]]:
         neuron marks, "constant": mean constant part of the inputs marked}}}; a random score is drawn with seed 0.
     """
     base, generator = start.base(), torch.Generator().manual_seed(0)
-    measured = {score: start.scores(score, {}) for score in ("fisher", "gradient")}
-    measured["varying"] = start.scores("fisher", {"varying": True})
-    constant = constant_parts(base, measured["fisher"], DataLoader(start.pixels, 32))
+    scored = {score: start.scores(score, {}) for score in ("fisher", "gradient")}
+    scored["varying"] = start.scores("fisher", {"varying": True})
+    constant = constant_parts(base, scored["fisher"], DataLoader(start.pixels, 32))
     found = defaultdict[str, list[dict[str, Any]]](list)
     for name, part in constant.items():
         weight = base.get_submodule(name).weight.detach().cpu()
-        scores = {score: values[name] for score, values in measured.items()}
+        scores = {score: values[name] for score, values in scored.items()}
         scores |= {"magnitude": weight.abs(), "random": torch.rand(weight.shape, generator=generator)}
         columns = {score: top_connections(scores[score], connections) for score in SCORES}
         shares = {
@@ -63,21 +61,12 @@ def _means(rows: list[Any]) -> Any:
 def main() -> None:
     """Measure the tasks that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    parser.add_argument("--tasks", nargs="+", help="only these")
+    add_measured_arguments(parser)
     parser.add_argument("--connections", type=int, default=2, help="per neuron")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file")
     arguments = parser.parse_args()
-    quiet()
-    tasks = tasks_of(arguments.suite, arguments.source)
-    by_task = {}
-    for task in named(tasks, arguments.tasks or [task.name for task in tasks]):
-        splits = task.load()
-        by_task[task.name] = marked(Start(arguments.model, splits.full, splits.classes), arguments.connections)
-        print(task.name, "done", flush=True)
-    ground = {"connections": arguments.connections, "versions": versions(), "machine": machine()}
-    model = {"name": Path(arguments.model).name, "weights": weights_digest(arguments.model)}
-    write_json(arguments.output, {**ground, "model": model, "tasks": by_task, "mean": _means(list(by_task.values()))})
+    found = measured(arguments, lambda start: marked(start, arguments.connections))
+    mean_of_tasks = _means(list(found["tasks"].values()))
+    write_json(arguments.output, {"connections": arguments.connections, **found, "mean": mean_of_tasks})
 
 
 if __name__ == "__main__":

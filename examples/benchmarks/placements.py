@@ -1,18 +1,18 @@
 """The blocks that each placement of token selection picks on each task, and what it is predicted to save.
 
-cd examples && python -m benchmarks.placements --suite local --source FOLDER --model MODEL --output FILE.json
+    cd examples && python -m benchmarks.placements --suite local --source FOLDER --model MODEL --output FILE.json
+
+They are those of the cells: they follow from the scores, and where they are drawn from the seed.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import machine, quiet, versions
-from benchmarks.start import Start, weights_digest
-from benchmarks.suites import add_arguments, named, tasks_of
+from benchmarks.measured import add_measured_arguments, measured
+from benchmarks.start import Start
 from benchmarks.variants import VARIANTS
 from trpts_peft import TRPTSConfig, select
 from trpts_peft.run_folder import write_json
@@ -33,8 +33,8 @@ def placements(start: Start, variants: Sequence[str], seeds: Sequence[int]) -> d
     found: dict[str, list[dict[str, Any]]] = {}
     for name in variants:
         variant = VARIANTS[name]
-        options = [{**variant.options, "seed": seed} for seed in seeds] if variant.draws else [variant.options]
-        selections = [select(scores, TRPTSConfig(**each), base) for each in options]
+        drawn = [variant.seeded(seed) for seed in (seeds if variant.draws else seeds[:1])]
+        selections = [select(scores, TRPTSConfig(**options), base) for options in drawn]
         found[name] = [{"blocks": list(each.token_layers), "speedup": each.speedup} for each in selections]
     return found
 
@@ -42,22 +42,12 @@ def placements(start: Start, variants: Sequence[str], seeds: Sequence[int]) -> d
 def main() -> None:
     """Look at the tasks that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    parser.add_argument("--tasks", nargs="+", help="only these")
+    add_measured_arguments(parser)
     parser.add_argument("--variants", nargs="+", default=PLACEMENTS, choices=PLACEMENTS, metavar="VARIANT")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--output", type=Path, required=True, help="JSON file")
     arguments = parser.parse_args()
-    quiet()
-    tasks = tasks_of(arguments.suite, arguments.source)
-    by_task = {}
-    for task in named(tasks, arguments.tasks or [task.name for task in tasks]):
-        splits = task.load()
-        start = Start(arguments.model, splits.full, splits.classes)
-        by_task[task.name] = placements(start, arguments.variants, arguments.seeds)
-        print(task.name, "done", flush=True)
-    model = {"name": Path(arguments.model).name, "weights": weights_digest(arguments.model)}
-    write_json(arguments.output, {"versions": versions(), "machine": machine(), "model": model, "tasks": by_task})
+    found = measured(arguments, lambda start: placements(start, arguments.variants, arguments.seeds))
+    write_json(arguments.output, found)
 
 
 if __name__ == "__main__":

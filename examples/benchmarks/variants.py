@@ -44,6 +44,10 @@ class Variant:
     rate_times: float = 1.0
     draws: bool = False
 
+    def seeded(self, seed: int) -> dict[str, Any]:
+        """The options for a cell of this seed."""
+        return {**self.options, **({"seed": seed} if self.draws else {})}
+
 
 # The defaults of TRPTSConfig, written out so that a cell says what it is whatever becomes of them.
 SETTINGS = {

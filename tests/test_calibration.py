@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -212,6 +213,69 @@ def test_without_probe_the_adapters_own_head_predicts() -> None:
     assert_equal(selection, calibrate(adapter(base), DATA, probe_head=False, **QUIET))
 
 
+@pytest.mark.parametrize("active", ["default", "second"])
+def test_modules_trained_whole_are_the_adapters_own_whichever_is_active(active: str) -> None:
+    """Not the other adapter's, which this one would never run with."""
+    model = adapter(modules_to_save=["classifier", "layernorm"])
+    model.base_model.model.vit.layernorm.modules_to_save["default"].weight.data.normal_()
+    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
+    norm = model.base_model.model.vit.layernorm.modules_to_save["second"]
+    norm.weight.data.uniform_(0.5, 2)
+    base = build_vit()
+    base.vit.layernorm.load_state_dict(norm.state_dict())
+    model.set_adapter(active)
+    before = state_of(model)
+    with torch.no_grad():
+        logits = model(build_images()).logits
+    selection = calibrate(model, DATA, adapter_name="second", **QUIET)
+    expected = adapter(base)
+    assert_equal(selection, calibrate(expected, DATA, **QUIET))
+    heads = [m.base_model.model.classifier.modules_to_save[n] for m, n in ((model, "second"), (expected, "default"))]
+    assert torch.equal(heads[0].weight, heads[1].weight)
+    assert torch.equal(norm.weight, before["tensors"]["base_model.model.vit.layernorm.modules_to_save.second.weight"])
+    if active == "default":
+        with torch.no_grad():
+            assert torch.equal(model(build_images()).logits, logits)
+
+
+def test_modules_trained_whole_are_the_adapters_own_while_adapters_are_off() -> None:
+    selections = []
+    for off in (False, True):
+        model = adapter(modules_to_save=["classifier", "layernorm"])
+        model.base_model.model.vit.layernorm.modules_to_save["default"].weight.data[:8] = 3
+        with model.disable_adapter() if off else nullcontext():
+            selections.append(calibrate(model, DATA, **QUIET))
+    assert_equal(*selections)
+
+
+class HeldHead(nn.Module):
+    """A head as timm's: the linear is a part of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.fc = nn.LayerNorm(32), nn.Linear(32, 3)
+
+    def forward(self, features: Tensor) -> Tensor:
+        out: Tensor = self.fc(self.norm(features))
+        return out
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_head_may_hold_its_linear(trained: bool) -> None:
+    base = build_vit()
+    base.classifier = HeldHead()
+    plain = base.classifier.fc.weight.clone()
+    model = adapter(base, modules_to_save=["classifier"] if trained else None)
+    model.add_adapter("other", TRPTSConfig(modules_to_save=["classifier"], token_layers=0))
+    with nullcontext() if trained else pytest.warns(UserWarning, match=r"modules_to_save=\['fc'\]"):
+        calibrate(model, DATA, adapter_name="default", **QUIET)
+    wrapper = model.base_model.model.classifier
+    assert torch.equal(wrapper.original_module.fc.weight, plain)
+    assert torch.equal(wrapper.modules_to_save["other"].fc.weight, plain)
+    if trained:
+        assert not torch.equal(wrapper.modules_to_save["default"].fc.weight, plain)
+
+
 # ---- what it writes ----
 
 
@@ -415,6 +479,12 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "label above the head": (LabelledImages(5, num_labels=4), {}, "0 to 2"),
     "label above the head, no probe": (LabelledImages(5, num_labels=4), {"probe_head": False}, "0 to 2"),
     "label of no class": ([{**DATA[0], "labels": torch.tensor(0.7)}], {}, "`probe_head=False`"),
+    "several labels": ([{**DATA[0], "labels": torch.tensor([0, 1, 0])}], {}, r"one whole number .* \(1, 3\)"),
+    "several labels, no probe": (
+        [{**DATA[0], "labels": torch.tensor([0, 1, 0])}],
+        {"probe_head": False},
+        r"one whole number .* \(1, 3\)",
+    ),
     "label below zero": ([{**DATA[0], "labels": torch.tensor(-1)}], {}, "0 to 2"),
     "no data": (None, {}, "`data`"),
     "batch size": (DATA, {"batch_size": 0}, "`batch_size`"),
@@ -509,6 +579,43 @@ def test_inference_mode_is_refused() -> None:
         calibrate(model, DATA, **QUIET)
     with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
         estimate_fisher(model, DATA, **QUIET)
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "name"),
+    [(lambda m: torch.compile(m, backend="eager"), "OptimizedModule"), (nn.DataParallel, "DataParallel")],
+)
+def test_what_wraps_a_model_is_refused(wrapped: Any, name: str) -> None:
+    """Its names of linears are not those that the adapter is loaded by."""
+    model = adapter()
+    before = state_of(model)
+    with pytest.raises(ValueError, match=f"`model` must be the model itself, got {name}"):
+        calibrate(wrapped(model), DATA, **QUIET)
+    with pytest.raises(ValueError, match=f"`model` must be the model itself, got {name}"):
+        estimate_fisher(wrapped(model), DATA, **QUIET)
+    assert_unchanged(before, model)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("importance", "fischer"), ("keep_rate", 80), ("top_percent", 150), ("token_layers", [1, 1]), ("seed", -1)],
+)
+def test_options_assigned_since_are_checked_again(option: str, value: Any) -> None:
+    model = adapter()
+    calibrate(model, DATA, **QUIET)
+    setattr(model.peft_config["default"], option, value)
+    before = state_of(model)
+    with pytest.raises(ValueError, match=f"`{option}` must be"):
+        calibrate(model, DATA, overwrite=True, **QUIET)
+    assert_unchanged(before, model)
+
+
+def test_options_assigned_since_are_brought_into_their_form() -> None:
+    model = adapter()
+    calibrate(model, DATA, **QUIET)
+    model.peft_config["default"].token_layers = (2, 1)
+    assert calibrate(model, DATA, overwrite=True, **QUIET).token_layers == (1, 2)
+    assert model.peft_config["default"].token_layers == [1, 2]
 
 
 # ---- estimate_fisher ----

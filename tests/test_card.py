@@ -85,6 +85,33 @@ def test_the_snippet_runs_and_gives_the_adapters_logits(saved):
         assert torch.equal(names["model"](build_images()).logits, model(build_images()).logits)
 
 
+def test_adapters_in_folders_of_their_own_are_in_the_card_above(saved, tmp_path):
+    """One part each, however often they are saved, beside that of `default`."""
+    model, _ = saved
+    for name in ("birds", "flowers"):
+        model.add_adapter(name, TRPTSConfig(token_layers=0, modules_to_save=["classifier"]))
+    for _ in range(2):
+        model.save_pretrained(tmp_path / "several")
+    text = ModelCard.load(tmp_path / "several" / "README.md").text
+    assert [text.count(f"# TR-PTS adapter {name}of") for name in ("", "`birds` ", "`flowers` ")] == [1, 1, 1]
+    for name in ("birds", "flowers"):
+        part = text.partition(f"# TR-PTS adapter `{name}`")[2]
+        (code, *_) = re.findall(r"```python\n(.*?)```", part, re.DOTALL)
+        names = {}
+        exec(code.replace("user/repository", str(tmp_path / "several")), names)
+        model.set_adapter(name)
+        with torch.no_grad():
+            assert torch.equal(names["model"](build_images()).logits, model.eval()(build_images()).logits)
+
+
+def test_no_file_but_a_card_of_pefts_is_written_to_above_an_adapter(saved, tmp_path):
+    model, folder = saved
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\nmy project\n")
+    (folder / "README.md").unlink()
+    model.peft_config["default"].save_pretrained(folder)
+    assert (tmp_path / "README.md").read_text() == "---\nlicense: mit\n---\nmy project\n"
+
+
 def test_the_table_counts_what_trains(saved):
     model, folder = saved
     text = ModelCard.load(folder / "README.md").text

@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -578,6 +584,25 @@ def test_a_head_is_loaded_in_the_dtype_of_the_models(saved: Path, tmp_path: Path
         model = PeftModel.from_pretrained(build_vit(), path, low_cpu_mem_usage=low_cpu_mem_usage)
         assert model.base_model.model.classifier.modules_to_save["default"].weight.dtype == torch.float32
         predict(model)
+
+
+@pytest.mark.filterwarnings("ignore:Some weights")
+def test_a_head_of_another_size_may_be_left_out(saved: Path, logits: Tensor) -> None:
+    """As PEFT does with `ignore_mismatched_sizes`; the sparse part is checked all the same."""
+    with pytest.raises(ValueError, match="`ignore_mismatched_sizes=True`"):
+        PeftModel.from_pretrained(build_vit(num_labels=5), saved)
+    base = build_vit(num_labels=5)
+    head = base.classifier.weight.clone()
+    model = PeftModel.from_pretrained(base, saved, ignore_mismatched_sizes=True)
+    assert torch.equal(model.base_model.model.classifier.weight, head)
+    same = PeftModel.from_pretrained(build_vit(), saved)
+    own, expected = get_peft_model_state_dict(model), get_peft_model_state_dict(same)
+    assert own.keys() == expected.keys()
+    assert all(torch.equal(own[key], expected[key]) for key in own if "classifier" not in key)
+    with pytest.raises(ValueError, match="trpts_"):
+        PeftModel.from_pretrained(build_vit(hidden_size=64), saved, ignore_mismatched_sizes=True)
+    with pytest.raises(ValueError, match="`ignore_mismatched_sizes=True`"):
+        PeftModel.from_pretrained(build_vit(num_labels=5), saved)
 
 
 # ---- another base ----

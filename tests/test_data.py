@@ -12,10 +12,13 @@ from torch import nn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    DistributedSampler,
     IterableDataset,
+    RandomSampler,
     SequentialSampler,
     Subset,
     SubsetRandomSampler,
+    WeightedRandomSampler,
     get_worker_info,
 )
 from transformers import default_data_collator
@@ -172,6 +175,21 @@ def test_a_model_beside_an_idle_gpu_is_hinted_at(monkeypatch, caplog, there, env
 def test_samplers_and_subsets_that_leave_samples_out_are_kept():
     assert labels_of(DataLoader(samples(7), sampler=SubsetRandomSampler([6, 1, 3]))) == [[1, 3, 6]]
     assert labels_of(DataLoader(Subset(samples(7), [6, 1, 3]))) == [[6, 1, 3]]
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        RandomSampler(range(7), replacement=True),
+        RandomSampler(range(7), num_samples=2),
+        WeightedRandomSampler([1.0] * 7, 7),
+        DistributedSampler(range(7), num_replicas=2, rank=1),
+    ],
+)
+def test_samples_that_are_drawn_or_shared_out_stand_for_all(sampler):
+    """The same ones each time, and on every process; shares are made of all of them."""
+    assert labels_of(DataLoader(samples(7), sampler=sampler)) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert labels_of(DataLoader(samples(7), sampler=sampler), rank=1, world=2) == [[3, 4, 5]]
 
 
 @pytest.mark.parametrize("num_samples, expected", [(None, [[0, 1], [2, 3], [4]]), (3, [[0, 1], [2]]), (2, [[0, 1]])])

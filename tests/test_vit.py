@@ -618,6 +618,36 @@ def test_set_token_selection(make: Any) -> None:
     assert torch.equal(predict(model), before)
 
 
+def test_adapters_that_select_differently_go_together_with_all_tokens() -> None:
+    """Active together or merged; they have to part before tokens are selected again."""
+    model = get_peft_model(build_vit(), TRPTSConfig(token_layers=[1], keep_rate=0.5, init_weights=False))
+    model.add_adapter("other", TRPTSConfig(token_layers=[2], keep_rate=0.5, init_weights=False))
+    tuner, both = model.base_model, ["default", "other"]
+    model.eval()
+    with pytest.raises(ValueError, match="alike"):
+        tuner.set_adapter(both)
+    set_token_selection(model, False)
+    tuner.set_adapter(both)
+    with torch.no_grad():
+        logits = model(build_images()).logits
+        with pytest.raises(ValueError, match="alike"):
+            set_token_selection(model, True)
+        assert torch.equal(model(build_images()).logits, logits)
+        model.merge_adapter(both)
+        torch.testing.assert_close(model(build_images()).logits, logits)
+        with pytest.raises(ValueError, match="alike"):
+            set_token_selection(model, True)
+        model.unmerge_adapter()
+        tuner.set_adapter("other")
+        set_token_selection(model, True)
+        assert not torch.allclose(model(build_images()).logits, logits)
+        set_token_selection(model, False)
+        tuner.set_adapter(both)
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(build_images()).logits, logits)
+    assert keep_rates_in_force(merged) == {}
+
+
 def test_set_token_selection_without_any() -> None:
     with pytest.raises(ValueError, match="apply_token_selection"):
         set_token_selection(build_vit(), True)

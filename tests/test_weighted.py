@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from conftest import build_images, build_vit
-from trpts_peft import TRPTSConfig, calibrate
+from trpts_peft import TRPTSConfig, calibrate, set_token_selection
 from trpts_peft.layer import TRPTSLinear
 from trpts_peft.vit import keep_rates_in_force
 from trpts_peft.weighted import sum_updates
@@ -164,6 +164,13 @@ def test_bad_arguments_change_nothing(arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model.base_model.add_weighted_adapter(*arguments)
     assert before == (list(model.state_dict()), list(model.peft_config))
+
+
+def test_a_sum_outlasts_the_switch_of_token_selection() -> None:
+    model = adapters({}, {}, {"token_layers": [2]})
+    set_token_selection(model, False)
+    with pytest.raises(ValueError, match="`adapters` must select tokens alike"):
+        model.base_model.add_weighted_adapter(["a", "c"], [1.0, 1.0], "sum")
 
 
 def test_adapter_not_calibrated_yet() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 
 from .checkpoint import adapted_linears
 from .config import TRPTSConfig
-from .data import Batches, check_whole, of_first_process, processes
+from .data import Batches, check_bare, check_whole, of_first_process, processes
 from .families import find_family
 from .fisher import FisherScores, LossFn
 from .head import Head, find_head, num_labels
@@ -73,9 +73,11 @@ def calibrate(
 
     Raises:
         ValueError: as `estimate_fisher` and `select`, or the adapter is calibrated or merged. Nothing is changed.
+        TypeError: as `estimate_fisher`.
     """
     check_words(labels=(labels, LABELS))
     check_workspace(workspace_mb)
+    check_bare(model)
     base, name, config = _find_adapter(model, adapter_name)
     _check_calibratable(base, config, name, overwrite)
     measures = scores is None and config.importance in SCORES
@@ -115,7 +117,15 @@ def _measured(
     assert batches is not None
     linears = targeted_linears(base, config, adapter_name)
     return measure(
-        base, batches, linears, config.importance, labels, loss_fn, workspace_mb=workspace_mb, progress=progress
+        base,
+        batches,
+        linears,
+        config.importance,
+        labels,
+        loss_fn,
+        workspace_mb=workspace_mb,
+        progress=progress,
+        adapter_name=adapter_name,
     )
 
 
@@ -135,7 +145,7 @@ def _fit_head(
     """The model's head, and a probe of it where there are batches to fit it on."""
     if batches is not None:
         head = find_head(base, adapter_name)
-        return head, _probe(base, batches, head, progress)
+        return head, _probe(base, batches, head, adapter_name, progress)
     try:
         return find_head(base, adapter_name), None
     except ValueError:
@@ -161,7 +171,7 @@ def _find_adapter(model: nn.Module, adapter_name: str | None) -> tuple[nn.Module
         raise ValueError(
             f"`adapter_name` must name a TR-PTS adapter of the model, got {adapter_name!r}: it has {list(configs)}."
         )
-    return base, adapter_name, config
+    return base, adapter_name, config.checked()
 
 
 def _check_calibratable(base: nn.Module, config: TRPTSConfig, adapter_name: str, overwrite: bool) -> None:
@@ -202,9 +212,9 @@ def _scores_without_data(linears: Mapping[str, nn.Linear], config: TRPTSConfig) 
     return FisherScores(drawn, 0)
 
 
-def _probe(base: nn.Module, batches: Batches, head: Head, progress: bool) -> LinearProbe:
+def _probe(base: nn.Module, batches: Batches, head: Head, adapter_name: str, progress: bool) -> LinearProbe:
     """Fit the head on the frozen features of all processes' samples; every process gets the same one."""
-    features, labels = collect_features(base, batches, head, progress)
+    features, labels = collect_features(base, batches, head, progress, adapter_name)
     check_labels(labels, num_labels(head))
     if not bool(features.isfinite().all()):
         raise ValueError(
@@ -224,21 +234,9 @@ def _probe(base: nn.Module, batches: Batches, head: Head, progress: bool) -> Lin
     return probe
 
 
-@contextmanager
-def _predicting(head: Head | None, probe: LinearProbe | None) -> Iterator[None]:
-    """Within, the model predicts with the probe; else with the adapter's own head, or the base's where it has none.
-
-    Whichever adapter is active.
-    """
-    with ExitStack() as stack:
-        if probe is not None:
-            assert head is not None
-            stack.enter_context(head.replaced(probe.weight, probe.bias))
-        elif head is not None:
-            linear = head.linear
-            bias = None if linear.bias is None else linear.bias.detach()
-            stack.enter_context(head.replaced(linear.weight.detach(), bias))
-        yield
+def _predicting(head: Head | None, probe: LinearProbe | None) -> AbstractContextManager[None]:
+    """Within, the model predicts with the probe, if there is one."""
+    return nullcontext() if head is None or probe is None else head.replaced(probe.weight, probe.bias)
 
 
 def _finish_head(head: Head | None, probe: LinearProbe | None) -> None:

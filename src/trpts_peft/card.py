@@ -16,8 +16,7 @@ from .families import block_index
 
 __all__ = ["describe_adapter", "drop_local_base", "update_card"]
 
-_BEGIN, _END = "<!-- TR-PTS: written whenever the adapter is saved -->", "<!-- TR-PTS: end -->"
-_OURS = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
+_BEGIN, _END = "<!-- TR-PTS: written whenever the adapter{} is saved -->", "<!-- TR-PTS: end -->"
 _TAGS = ("sparse", "token-reduction", "trpts")
 _COLUMNS = ".trpts_columns"
 
@@ -25,24 +24,30 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def update_card(folder: str | Path, config: Any, base_model_class: str | None) -> None:
-    """Write into the README.md of a saved adapter, where there is one, what a reader needs to use it.
+    """Write into the model card of a saved adapter, where there is one, what a reader needs to use it.
 
-    What else stands there stays; what an earlier call wrote is replaced.
+    That is the README.md beside its file; of an adapter in a folder named after it, the one that PEFT has put above.
+    What else stands there stays; what an earlier call wrote for this adapter is replaced.
 
     Args:
         folder: where the adapter's safetensors file lies.
         config: its TRPTSConfig.
         base_model_class: name of the class of the base model in transformers; None where it is not known.
     """
-    path, file = Path(folder) / "README.md", Path(folder) / "adapter_model.safetensors"
+    path, file, subfolder = Path(folder) / "README.md", Path(folder) / "adapter_model.safetensors", ""
+    if not path.is_file():
+        path, subfolder = Path(folder).resolve().parent / "README.md", Path(folder).resolve().name
     if not path.is_file() or not file.is_file():
         return
     card = ModelCard.load(path)
+    if subfolder and card.data.library_name != "peft":
+        return
     card.data.tags = sorted({*(card.data.tags or ()), *_TAGS})
     if card.data.pipeline_tag is None and (base_model_class or "").endswith("ForImageClassification"):
         card.data.pipeline_tag = "image-classification"
-    section = f"{_BEGIN}\n{describe_adapter(config, _shapes_in(file), base_model_class)}\n{_END}"
-    others = _OURS.sub("", card.text).lstrip()
+    begin = _BEGIN.format(f" {subfolder}" if subfolder else "")
+    section = f"{begin}\n{describe_adapter(config, _shapes_in(file), base_model_class, subfolder)}\n{_END}"
+    others = re.sub(f"{re.escape(begin)}.*?{re.escape(_END)}", "", card.text, flags=re.DOTALL).lstrip()
     card.text = f"{section}\n\n{others}"
     card.save(path)
 
@@ -62,23 +67,25 @@ def _shapes_in(path: Path) -> Shapes:
         return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
 
 
-def describe_adapter(config: Any, shapes: Shapes, base_model_class: str | None) -> str:
+def describe_adapter(config: Any, shapes: Shapes, base_model_class: str | None, subfolder: str = "") -> str:
     """Markdown: what the adapter changes, how to load it, and a table of its blocks.
 
     Args:
         config: its TRPTSConfig.
         shapes: {key in the adapter's file: shape}.
         base_model_class: name of the class of the base model in transformers; None where it is not known.
+        subfolder: where the adapter lies below the folder of the card.
     """
     columns = {key.removesuffix(_COLUMNS): shape for key, shape in shapes.items() if key.endswith(_COLUMNS)}
     trained = sum(neurons * count for neurons, count in columns.values())
     text = f"A sparse update of {trained:,} weights in {len(columns)} linear layers of the base model, by TR-PTS."
     if config.connections is None:
         text += " It is **not calibrated**: each neuron trains its inputs of largest weight, whatever the task."
-    snippet = "\n".join(_snippet(config, shapes, base_model_class))
+    named = f"`{subfolder}` " if subfolder else ""
+    snippet = "\n".join(_snippet(config, shapes, base_model_class, subfolder))
     return "\n\n".join(
         [
-            f"# TR-PTS adapter of {config.base_model_name_or_path or 'an unnamed model'}",
+            f"# TR-PTS adapter {named}of {config.base_model_name_or_path or 'an unnamed model'}",
             text,
             f"```python\n{snippet}\n```",
             "\n".join(_table(config, columns)),
@@ -86,19 +93,20 @@ def describe_adapter(config: Any, shapes: Shapes, base_model_class: str | None) 
     )
 
 
-def _snippet(config: Any, shapes: Shapes, base_model_class: str | None) -> list[str]:
+def _snippet(config: Any, shapes: Shapes, base_model_class: str | None, subfolder: str) -> list[str]:
     """Code that loads base model and adapter."""
     name = base_model_class or "AutoModelForImageClassification"
     base = json.dumps(config.base_model_name_or_path or "the/base-model")
     labels = [shape[0] for key, shape in shapes.items() if key.endswith("classifier.weight")]
     head = f", num_labels={labels[0]}, ignore_mismatched_sizes=True" if labels else ""
+    within = f", subfolder={json.dumps(subfolder)}" if subfolder else ""
     return [
         "import trpts_peft  # registers the method with PEFT",
         "from peft import PeftModel",
         f"from transformers import {name}",
         "",
         f"base = {name}.from_pretrained({base}{head})",
-        'model = PeftModel.from_pretrained(base, "user/repository").eval()  # this repository, or its folder',
+        f'model = PeftModel.from_pretrained(base, "user/repository"{within}).eval()  # this repository, or its folder',
     ]
 
 

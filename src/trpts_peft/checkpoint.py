@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,18 +15,37 @@ from .config import TRPTSConfig
 from .layer import TRPTSLinear
 from .vit import AdapterTokenSelection, in_millionths
 
-__all__ = ["FLOATS", "check_adapter", "check_file", "pack_columns", "saved_module_tensors", "unpack_columns"]
+__all__ = [
+    "FLOATS",
+    "check_adapter",
+    "check_file",
+    "pack_columns",
+    "saved_module_tensors",
+    "sizes_ignored",
+    "unpack_columns",
+]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what values in a file may be
 
 # A base of another dtype passes (bfloat16 rounds to within 2⁻⁹), another base does not.
 _RTOL, _ATOL = 2.0**-7, 2.0**-24
 _MOST_UINT16_INPUTS = 65_536
+_ignores_sizes = ContextVar("ignore_mismatched_sizes", default=False)
 _PREFIX = "base_model.model."  # of names in a PeftModel, none where an adapter was injected directly
 _REMEDY = (
     "calibrate this model on the same data first, or load the file with "
     "`PeftModel.from_pretrained(model, path, is_trainable=True)`"
 )
+
+
+@contextmanager
+def sizes_ignored(ignored: bool) -> Iterator[None]:
+    """Within, if `ignored`, modules trained whole may have other shapes in the file: PEFT leaves those tensors out."""
+    token = _ignores_sizes.set(ignored)
+    try:
+        yield
+    finally:
+        _ignores_sizes.reset(token)
 
 
 def pack_columns(columns: Tensor, in_features: int) -> Tensor:
@@ -223,8 +244,8 @@ def _check_saved_modules(
     for key, own in saved_module_tensors(model, adapter_name).items():
         if key not in state_dict:
             continue
-        if state_dict[key].shape != own.shape and not config.allow_other_base:
-            remedy = "load a base model with this head, for example with `num_labels`"
+        if state_dict[key].shape != own.shape and not config.allow_other_base and not _ignores_sizes.get():
+            remedy = "load a base model with this head, as with `num_labels`, or pass `ignore_mismatched_sizes=True`"
             _refuse(key, f"of shape {tuple(own.shape)}", tuple(state_dict[key].shape), remedy)
         if isinstance(own, nn.Parameter) and own.is_floating_point():  # a buffer may well hold an infinite mask
             _check_values(key, state_dict[key], own.dtype)

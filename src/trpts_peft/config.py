@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -154,6 +155,16 @@ class TRPTSConfig(PeftConfig):
         self._check_parameter_options()
         self._check_token_options()
         self._check_results()
+
+    def checked(self) -> TRPTSConfig:
+        """A copy whose options are checked again, and brought into their form: they may have been assigned since.
+
+        Raises:
+            ValueError: as when a config is made.
+        """
+        config = copy.deepcopy(self)
+        config.__post_init__()
+        return config
 
     @classmethod
     def describe(cls) -> str:

@@ -11,15 +11,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast, parse_flag_from_env, reduce
+from accelerate.utils import broadcast, is_compiled_module, parse_flag_from_env, reduce
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data.distributed import DistributedSampler
 from tqdm.auto import tqdm
 from transformers import default_data_collator
 
 __all__ = [
     "Batches",
+    "check_bare",
     "check_loading",
     "check_whole",
     "of_first_process",
@@ -92,6 +95,15 @@ def check_whole(model: nn.Module) -> None:
         )
 
 
+def check_bare(model: nn.Module) -> None:
+    """Refuse what wraps a model: names within it, which a config and scores hold, are no names of the model."""
+    if is_compiled_module(model) or isinstance(model, (DataParallel, DistributedDataParallel)):
+        raise ValueError(
+            f"`model` must be the model itself, got {type(model).__name__} around it: calibrate or measure before "
+            "`torch.compile`, `Accelerator.prepare` and DDP."
+        )
+
+
 @dataclass(frozen=True)
 class _Inputs:
     """What a model takes of a sample or a batch."""
@@ -140,7 +152,8 @@ class Batches:
     Args:
         data: a map-style Dataset or a DataLoader, yielding dicts with the model's main input and `labels`. Of a
             DataLoader over a map-style data set, the data set, the collate function, its workers and a sampler that
-            leaves samples out are used; its order is not. Other DataLoaders are iterated as they are.
+            leaves the same samples out each time are used; the order, what is drawn, and the share of a process are
+            not. Other DataLoaders are iterated as they are.
         model: the model, for the inputs that it takes and its device.
         num_samples: how many samples to use, drawn with a fixed seed (the first ones of an iterable); None: all.
         batch_size: samples per batch; a DataLoader over an iterable keeps its own.
@@ -240,8 +253,11 @@ def _indices(loader: DataLoader[Any]) -> Iterable[int]:
     sampler = getattr(loader.batch_sampler, "sampler", None)
     base = getattr(loader.batch_sampler, "batch_sampler", None)  # accelerate's shards wrap the user's batch sampler
     sampler = getattr(base, "sampler", sampler)
-    if isinstance(sampler, SequentialSampler) or (isinstance(sampler, RandomSampler) and sampler._num_samples is None):
-        return range(len(loader.dataset))  # type: ignore[arg-type]
     if sampler is None:
         raise ValueError("`data` must have a plain sampler, got a DataLoader with a batch sampler: pass its data set.")
-    return sorted(set(sampler))
+    if isinstance(sampler, (SequentialSampler, RandomSampler, DistributedSampler)):
+        return range(len(loader.dataset))  # type: ignore[arg-type]
+    once, again = set(sampler), set(sampler)
+    if once != again:  # drawn, as by weights: calibration is to see the same samples each time, and on every process
+        return range(len(loader.dataset))  # type: ignore[arg-type]
+    return sorted(once)

@@ -74,15 +74,16 @@ def find_head(model: nn.Module, adapter_name: str) -> Head:
     Raises:
         ValueError: there is none, or it is itself a target of the adapter.
     """
+    own, idle = _copies(model, adapter_name)
     for name, module in model.named_modules():
-        if name.rpartition(".")[2] not in _NAMES:
+        if name.rpartition(".")[2] not in _NAMES or module in idle:
             continue
         if isinstance(module, ModulesToSaveWrapper) and isinstance(module.original_module, nn.Linear):
-            own = adapter_name in module.modules_to_save
-            linear = module.modules_to_save[adapter_name] if own else module.original_module
-            return Head(name, module, cast(nn.Linear, linear), own)
+            trains = adapter_name in module.modules_to_save
+            linear = module.modules_to_save[adapter_name] if trains else module.original_module
+            return Head(name, module, cast(nn.Linear, linear), trains)
         if isinstance(module, nn.Linear):
-            return Head(name, module, module, False)
+            return Head(name, module, module, module in own)
         if isinstance(getattr(module, "base_layer", None), nn.Linear):
             raise ValueError(
                 f"`probe_head` must be False where the head is a target of the adapter, got True with {name} targeted: "
@@ -92,6 +93,21 @@ def find_head(model: nn.Module, adapter_name: str) -> Head:
         f"`probe_head` must be False for a model without a linear head named {', '.join(_NAMES)}, got True for "
         f"{type(model).__name__}."
     )
+
+
+def _copies(model: nn.Module, adapter_name: str) -> tuple[set[nn.Module], set[nn.Module]]:
+    """What lies in the adapter's own copies of `modules_to_save`, and in modules that it does not call beside those.
+
+    A module that is trained whole may hold the head, as timm's do.
+    """
+    own: set[nn.Module] = set()
+    idle: set[nn.Module] = set()
+    for wrapper in [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]:
+        for name, copy in wrapper.modules_to_save.items():
+            (own if name == adapter_name else idle).update(copy.modules())
+        if adapter_name in wrapper.modules_to_save:
+            idle.update(wrapper.original_module.modules())
+    return own, idle
 
 
 def num_labels(head: Head) -> int:

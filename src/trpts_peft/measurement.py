@@ -13,10 +13,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .config import TRPTSConfig
-from .data import Batches, check_whole, processes, sum_of_processes
+from .data import Batches, check_bare, check_whole, processes, sum_of_processes
 from .families import find_family
 from .fisher import FisherCollector, FisherScores, LossFn, per_sample_cross_entropy
 from .head import Head
@@ -32,8 +33,12 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def base_weights(model: nn.Module) -> Iterator[None]:
-    """Within, the model runs with its base weights and all of its tokens; what adapters train is left alone."""
+def base_weights(model: nn.Module, adapter_name: str | None = None) -> Iterator[None]:
+    """Within, the model runs with its base weights and all of its tokens; what adapters train is left alone.
+
+    Modules that are trained whole (`modules_to_save`) are those of the named adapter, whichever is active, and the
+    base model's where it has none; without a name, those in force.
+    """
     if torch.is_inference_mode_enabled():
         raise ValueError("Scores need gradients, got `torch.inference_mode`: call this outside of it.")
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
@@ -42,7 +47,13 @@ def base_weights(model: nn.Module) -> Iterator[None]:
             raise ValueError("`model` must hold no merged adapter, got one: call `unmerge_adapter()` first.")
     disabled = [(layer, layer._disable_adapters) for layer in layers]
     enabled = [(selection, selection.enabled) for selection in token_selections(model).values()]
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    in_force = [(wrapper, wrapper._active_adapter, wrapper._disable_adapters) for wrapper in wrappers]
     try:
+        if adapter_name is not None:
+            for wrapper in wrappers:
+                wrapper._active_adapter = [adapter_name] if adapter_name in wrapper.modules_to_save else []
+                wrapper._disable_adapters = False
         for layer, _ in disabled:
             layer._disable_adapters = True
         for selection, _ in enabled:
@@ -53,6 +64,8 @@ def base_weights(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = flag
         for selection, flag in enabled:
             selection.enabled = flag
+        for wrapper, active, flag in in_force:
+            wrapper._active_adapter, wrapper._disable_adapters = active, flag
 
 
 def _base_linear(module: nn.Module) -> nn.Linear | None:
@@ -91,15 +104,19 @@ def check_workspace(workspace_mb: float) -> None:
 
 
 def check_labels(labels: Tensor, classes: int) -> None:
-    if labels.is_floating_point():
-        raise ValueError(
-            f"`labels` must be numbers of classes, whole ones, got {labels.dtype}: for other targets pass a `loss_fn`, "
-            "and `probe_head=False` to `calibrate`."
-        )
+    _check_kind_of_labels(labels)
     if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= classes):
         raise ValueError(
             f"`labels` must be from 0 to {classes - 1}, the labels of the head, got {int(labels.min())} to "
             f"{int(labels.max())}: load the model with `num_labels` of the data set."
+        )
+
+
+def _check_kind_of_labels(labels: Tensor) -> None:
+    if labels.is_floating_point() or labels.dim() != 1:
+        raise ValueError(
+            f"`labels` must be one whole number per sample, its class, got {labels.dtype} {tuple(labels.shape)}: for "
+            "other targets pass a `loss_fn`, and `probe_head=False` to `calibrate`."
         )
 
 
@@ -120,10 +137,11 @@ def measure(
     *,
     workspace_mb: float,
     progress: bool,
+    adapter_name: str | None = None,
 ) -> FisherScores:
     """Run over this process's batches, then add up what all processes have collected."""
     collector = FisherCollector(linears, score, workspace_mb, known_layout=find_family(base) is not None)
-    with base_weights(base), collector.collecting(base):
+    with base_weights(base, adapter_name), collector.collecting(base):
         for k, batch in enumerate(batches.iterate("Fisher", progress)):
             targets = batch.pop("labels")
             outputs = base(**batch)
@@ -203,6 +221,7 @@ def estimate_fisher(
     """
     check_words(score=(score, SCORES), labels=(labels, LABELS))
     check_workspace(workspace_mb)
+    check_bare(model)
     check_whole(model)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     rank, world = processes(accelerator)
@@ -223,19 +242,22 @@ def _linears_to_score(base: nn.Module, target_modules: list[str] | str | None) -
     return targeted_linears(base, TRPTSConfig(target_modules=target_modules), None)
 
 
-def collect_features(base: nn.Module, batches: Batches, head: Head, progress: bool) -> tuple[Tensor, Tensor]:
+def collect_features(
+    base: nn.Module, batches: Batches, head: Head, progress: bool, adapter_name: str | None = None
+) -> tuple[Tensor, Tensor]:
     """float64 (n, features) and labels (n,), in the order of the data whatever the number of processes."""
     inputs: list[Tensor] = []
     mine: list[tuple[int, Tensor, Tensor]] = []
     training = {module: module.training for module in base.modules()}
     try:
         base.eval()
-        with torch.no_grad(), base_weights(base), head.capture(inputs):
+        with torch.no_grad(), base_weights(base, adapter_name), head.capture(inputs):
             for k, batch in enumerate(batches.iterate("Features", progress)):
                 labels = batch.pop("labels")
                 base(**batch)
                 features = inputs.pop()
-                if features.dim() != 2 or labels.dim() != 1 or len(features) != len(labels):
+                _check_kind_of_labels(labels)
+                if features.dim() != 2 or len(features) != len(labels):
                     shapes = f"{tuple(features.shape)} with labels {tuple(labels.shape)}"
                     raise ValueError(
                         f"`probe_head` must be False where the head does not see (B, features), got {shapes}."

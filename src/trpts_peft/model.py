@@ -211,7 +211,7 @@ class TRPTSModel(BaseTuner):
 
     def _check_alike(self, adapter_names: list[str], layers: list[Any] | None = None) -> None:
         for layer in _tuner_layers(self.model) if layers is None else layers:
-            if isinstance(layer, AdapterTokenSelection):
+            if isinstance(layer, AdapterTokenSelection) and layer.enabled:
                 layer.rate_of([name for name in adapter_names if name in layer.keep_rates])
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -275,13 +275,15 @@ class TRPTSModel(BaseTuner):
         rates = {
             index: rate
             for index, selection in token_selections(self.model).items()
-            if isinstance(selection, AdapterTokenSelection) and (rate := selection.rate_of(names) or 1.0) < 1
+            if isinstance(selection, AdapterTokenSelection)
+            and enabled
+            and (rate := selection.rate_of(names) or 1.0) < 1
         }
         model: nn.Module = super().merge_and_unload(
             progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
         remove_token_selection(model)
-        if rates and enabled and keep_token_selection:
+        if rates and keep_token_selection:
             apply_token_selection(model, rates)
         elif not keep_token_selection or not token_selections(model):
             forget_token_selection(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager
 from functools import wraps
 from typing import Any, cast
@@ -50,7 +51,9 @@ def _undo_failed_loading() -> None:
 
     @wraps(loaded)
     def load_adapter(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
-        with _undone(self):
+        from .checkpoint import sizes_ignored
+
+        with _undone(self), sizes_ignored(bool(kwargs.get("ignore_mismatched_sizes", False))):
             return loaded(self, *args, **kwargs)
 
     @wraps(made)
@@ -82,9 +85,10 @@ def _send_own_card() -> None:
     @wraps(described)
     def describe(self: PeftModel, output_dir: str) -> None:
         described(self, output_dir)
-        config = self.peft_config.get(self.active_adapter) if isinstance(self.active_adapter, str) else None
-        if config is not None and config.peft_type == TRPTS:
-            update_card(output_dir, config, type(self.get_base_model()).__name__)
+        for name, config in self.peft_config.items():
+            if config.peft_type == TRPTS:
+                folder = output_dir if name == "default" else os.path.join(output_dir, name)
+                update_card(folder, config, type(self.get_base_model()).__name__)
 
     @wraps(uploaded)
     def upload(self: PeftModel, working_dir: Any, *args: Any, **kwargs: Any) -> Any:

@@ -98,9 +98,10 @@ def select(scores: FisherScores, config: TRPTSConfig, model: nn.Module) -> Selec
         model: the base model, for its blocks. Nothing in it is changed.
 
     Raises:
-        ValueError: a score is negative or not finite, all are zero, a budget cannot be met, or the model has fewer
-            candidate blocks than token layers are asked for.
+        ValueError: an option is out of its range, a score is negative or not finite, all are zero, a budget cannot be
+            met, or the model has fewer candidate blocks than token layers are asked for.
     """
+    config = config.checked()
     _check_scores(scores)
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     units = {name: unit_of(name, config.allocation_unit) for name in scores}

@@ -112,7 +112,7 @@ class AdapterTokenSelection(TokenSelection, TRPTSLayer):
             raise ValueError(
                 "Adapters used together must select tokens alike, got in one block the rates "
                 f"{dict(zip(adapter_names, rates, strict=True))}: use them one at a time, or call "
-                "`set_token_selection(model, False)`."
+                "`set_token_selection(model, False)` first."
             )
         return rates[0] if rates else None
 
@@ -430,7 +430,8 @@ def set_token_selection(model: nn.Module, enabled: bool) -> None:
         enabled: whether tokens are selected.
 
     Raises:
-        ValueError: `enabled` is True, but no block of the model selects tokens.
+        ValueError: `enabled` is True, but no block of the model selects tokens, or adapters in force, which came
+            together while it was off, select differently.
     """
     selections = token_selections(model)
     if enabled and not selections:
@@ -438,6 +439,9 @@ def set_token_selection(model: nn.Module, enabled: bool) -> None:
             "`model` must select tokens in some block, got one that does not: use `calibrate`, a list as "
             "`token_layers`, or `apply_token_selection`."
         )
+    for selection in selections.values():
+        if enabled and isinstance(selection, AdapterTokenSelection):
+            selection.rate_of(selection.merged_adapters or selection.active_adapters)
     for selection in selections.values():
         selection.enabled = enabled
 

@@ -60,7 +60,12 @@ def _check(tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float], 
         raise ValueError(f"`adapter_name` must be new, got {adapter_name!r}: delete that adapter first.")
     for selection in token_selections(tuner.model).values():
         if isinstance(selection, AdapterTokenSelection):
-            selection.rate_of(list(adapters))
+            rates = {name: selection.own_rate(name) or 1.0 for name in adapters}
+            if len(set(rates.values())) > 1:
+                raise ValueError(
+                    f"`adapters` must select tokens alike, got in one block the rates {rates}: give all of them the "
+                    "same `keep_rate` and the same list as `token_layers`."
+                )
 
 
 def add_weighted_adapter(

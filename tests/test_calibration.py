@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import BertConfig, BertForSequenceClassification
@@ -26,6 +26,7 @@ from trpts_peft import (
     estimate_fisher,
     select,
 )
+from trpts_peft.layer import TRPTSLinear
 from trpts_peft.vit import keep_rates_in_force
 
 DATA = LabelledImages(13)
@@ -351,9 +352,26 @@ def test_flags_and_modes_are_restored() -> None:
 
 def test_summary_is_printed_only_with_progress(capsys: pytest.CaptureFixture[str]) -> None:
     selection = calibrate(adapter(), DATA, progress=True)
-    assert selection.summary() in capsys.readouterr().out
+    head, _, table = capsys.readouterr().out.partition("\n")
+    assert head.startswith("fitted head: accuracy ") and table == f"{selection.summary()}\n"
+    calibrate(adapter(), DATA, probe_head=False, progress=True)
+    assert "fitted head" not in capsys.readouterr().out
     calibrate(adapter(), DATA, progress=False)
     assert capsys.readouterr().out == ""
+
+
+def test_an_optimizer_made_before_trains_what_is_there_now() -> None:
+    model = adapter(min_connections=2).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    model(**{"pixel_values": build_images(), "labels": torch.tensor([0, 1])}).loss.backward()
+    selection = calibrate(model, DATA, **QUIET)
+    optimizer.step()  # of gradients of what was there before: nothing
+    assert not any(layer.is_trained("default") for layer in model.modules() if isinstance(layer, TRPTSLinear))
+    model(**{"pixel_values": build_images(), "labels": torch.tensor([0, 1])}).loss.backward()
+    optimizer.step()
+    for name in selection.columns:
+        layer = model.get_base_model().get_submodule(name)
+        assert layer.is_trained("default") and layer.trpts_bias["default"].any()
 
 
 def test_calibrated_model_trains() -> None:
@@ -401,10 +419,12 @@ class MLP(nn.Module):
         return SequenceClassifierOutput(logits=self.head(torch.relu(self.body(pooled))))
 
 
-def test_mlp_selects_parameters_only() -> None:
-    config = TRPTSConfig(target_modules=["body.1", "body.3"], modules_to_save=["head"])
+@pytest.mark.parametrize("token_layers", [3, 0])
+def test_mlp_selects_parameters_only(token_layers: int, caplog: pytest.LogCaptureFixture) -> None:
+    config = TRPTSConfig(target_modules=["body.1", "body.3"], modules_to_save=["head"], token_layers=token_layers)
     model = get_peft_model(MLP(), config)
     selection = calibrate(model, DATA, **QUIET)
+    assert ("MLP is of no family in which tokens can be selected" in caplog.text) == bool(token_layers)
     assert selection.token_layers == ()
     assert set(selection.columns) == {"body.1", "body.3"}
     assert "none" in selection.summary()
@@ -542,6 +562,40 @@ def test_broken_models_are_left_as_they_were(case: str) -> None:
     with pytest.raises(ValueError, match=message):
         calibrate(model, DATA, **options, **QUIET)
     assert_unchanged(before, model)
+
+
+class Unreadable(Dataset[Any]):
+    """Nobody is to look at a sample."""
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: int) -> Any:
+        raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": 0.9}, "`budget` must be from 0.0[0-9]* .* to .* `max_connections`, which is 4"),
+        ({"token_layers": 5}, "`token_layers` must be at most 4"),
+        ({"token_layers": 2, "layers_to_transform": [1]}, "`token_layers` must be at most 1"),
+    ],
+)
+def test_what_cannot_be_met_is_refused_before_anything_is_measured(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        calibrate(adapter(**options), Unreadable(), **QUIET)
+
+
+def test_scores_of_another_model_are_refused_before_the_probe() -> None:
+    with pytest.raises(ValueError, match="`scores`"):
+        calibrate(adapter(), Unreadable(), scores=FisherScores({"x": torch.ones(1, 1)}, 1), **QUIET)
+
+
+def test_a_model_of_another_method_is_refused() -> None:
+    model = get_peft_model(build_vit(), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="`model` must hold a TR-PTS adapter, got a model without"):
+        calibrate(model, DATA, **QUIET)
 
 
 def test_no_targeted_linear() -> None:

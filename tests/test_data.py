@@ -234,6 +234,22 @@ def test_samples_that_are_no_dicts_are_refused():
         labels_of([(torch.zeros(2), 1)])
 
 
+@pytest.mark.parametrize(("label", "wrap"), [("rose", list), ("rose", DataLoader), (None, list)])
+@pytest.mark.parametrize("key", ["labels", "label"])
+def test_labels_that_are_no_numbers_are_named(label, wrap, key):
+    rows = [{"pixel_values": torch.zeros(2), key: label}] * 2
+    with pytest.raises(ValueError, match=r"`labels` must be whole numbers, got .*(rose|None)"):
+        labels_of(wrap(rows))
+
+
+def test_pixels_that_are_no_tensors_are_named():
+    """As those of a `datasets.Dataset` without a format in a DataLoader."""
+    rows = [{"pixel_values": [0.0, 1.0], "labels": 1}] * 2
+    with pytest.raises(ValueError, match=r"`data` must yield `pixel_values` as tensors, got list: .*with_format"):
+        labels_of(DataLoader(rows, batch_size=2))
+    assert labels_of(rows) == [[1, 1]]
+
+
 @pytest.mark.parametrize("data", [3, "train", {"train": samples(2)}, None, iter(samples(2)), Stream(samples(2))])
 def test_what_is_no_dataset_is_refused(data):
     with pytest.raises(TypeError, match=f"`data` must be a Dataset .* got {type(data).__name__}"):

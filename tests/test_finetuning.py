@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from pictures import write_base, write_folder
 from trpts_peft import TRPTSCallback, finetuning
 from trpts_peft.data import process_state
 from trpts_peft.deployment import load_adapted
-from trpts_peft.finetuning import FinetuneSettings, finished, prepare
+from trpts_peft.finetuning import FinetuneSettings, finished, load_processor, prepare
 from trpts_peft.image_data import load_image_data, with_pixel_values
 from trpts_peft.inspection import read_config
 from trpts_peft.methods import METHODS
@@ -159,6 +160,23 @@ def test_the_card_says_what_was_reached(done: Any) -> None:
     assert "![Share of the top-scoring weights in each block](layer_importance.png)" in card.text
     assert "More Information Needed" not in card.text
     assert "import trpts_peft" in card.text and str(settings.dataset) not in card.text
+
+
+def test_the_snippet_of_the_card_knows_the_names_of_the_classes(done: Any) -> None:
+    folder = done[0].output / "adapter"
+    (code, *_) = re.findall(r"```python\n(.*?)```", ModelCard.load(folder / "README.md").text, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code.replace("user/repository", str(folder)), names)
+    assert names["model"].config.id2label == dict(enumerate(NAMES))
+
+
+def test_rates_of_a_merged_base_are_none_of_the_runs(given: dict[str, Any], tmp_path: Path) -> None:
+    base = ViTForImageClassification.from_pretrained(given["model"])
+    base.config.trpts_keep_rates = {"0": 0.5}
+    base.save_pretrained(tmp_path / "merged")
+    load_processor(given["model"]).save_pretrained(tmp_path / "merged")
+    settings, _ = run({**given, "model": str(tmp_path / "merged")}, tmp_path / "run", epochs=1)
+    assert not hasattr(AutoConfig.from_pretrained(settings.output / "adapter"), "trpts_keep_rates")
 
 
 def test_a_finished_run_is_read_and_not_run_again(done: Any) -> None:

@@ -32,7 +32,7 @@ from .measurement import (
     targeted_linears,
 )
 from .probe import LinearProbe, fit_linear_probe
-from .selection import Selection, select
+from .selection import Selection, check_feasible, select
 from .vit import check_no_fixed_selection, check_token_layers, install_keep_rates
 
 __all__ = ["calibrate"]
@@ -58,8 +58,8 @@ def calibrate(
 ) -> Selection:
     """Decide from data which connections an adapter trains and which blocks select tokens; set it up so, and return it.
 
-    Comes before optimizer, DDP and `torch.compile`: the adapter's parameters, and its config in `model.peft_config`,
-    are replaced. The update starts at zero.
+    Comes before training, DDP and `torch.compile`: the adapter's parameters take another shape, and its config in
+    `model.peft_config` is replaced. The update starts at zero.
 
     Args:
         model: a PeftModel with a TR-PTS adapter, or a model that one was injected into.
@@ -73,24 +73,22 @@ def calibrate(
 
     Raises:
         ValueError: as `estimate_fisher` and `select`, or the adapter is calibrated or merged. Nothing is changed.
-        TypeError: as `estimate_fisher`.
     """
     check_words(labels=(labels, LABELS))
     check_workspace(workspace_mb)
-    check_bare(model)
     base, name, config = _find_adapter(model, adapter_name)
-    _check_calibratable(base, config, name, overwrite)
+    linears = _checked_linears(base, config, name, scores, overwrite)
     measures = scores is None and config.importance in SCORES
     batches = _batches(base, data, num_samples, batch_size, accelerator) if measures or probe_head else None
     head, probe = _fit_head(base, name, batches if probe_head else None, progress)
     if measures:
         with _predicting(head, probe):
-            scores = _measured(base, config, name, batches, workspace_mb, labels, loss_fn, progress)
-    selection = select(_checked_scores(scores, base, config, name), config, base)
+            scores = _measured(base, config, name, batches, linears, workspace_mb, labels, loss_fn, progress)
+    selection = select(_scores_without_data(linears, config) if scores is None else scores, config, base)
     _finish_head(head, probe)
     _install(base, cast(Any, model).peft_config, name, config, selection)
     if progress and processes(accelerator)[0] == 0:
-        print(selection.summary())
+        print(*([] if probe is None else [probe.summary()]), selection.summary(), sep="\n")
     return selection
 
 
@@ -109,13 +107,13 @@ def _measured(
     config: TRPTSConfig,
     adapter_name: str,
     batches: Batches | None,
+    linears: Mapping[str, nn.Linear],
     workspace_mb: float,
     labels: str,
     loss_fn: LossFn | None,
     progress: bool,
 ) -> FisherScores:
     assert batches is not None
-    linears = targeted_linears(base, config, adapter_name)
     return measure(
         base,
         batches,
@@ -127,16 +125,6 @@ def _measured(
         progress=progress,
         adapter_name=adapter_name,
     )
-
-
-def _checked_scores(
-    scores: FisherScores | None, base: nn.Module, config: TRPTSConfig, adapter_name: str
-) -> FisherScores:
-    linears = targeted_linears(base, config, adapter_name)
-    if scores is None:
-        return _scores_without_data(linears, config)
-    _check_given(scores, linears)
-    return scores
 
 
 def _fit_head(
@@ -155,9 +143,13 @@ def _fit_head(
 def _find_adapter(model: nn.Module, adapter_name: str | None) -> tuple[nn.Module, str, TRPTSConfig]:
     if torch.is_inference_mode_enabled():
         raise ValueError("`calibrate` must make trainable parameters, got `torch.inference_mode`: call it outside.")
+    check_bare(model)
     configs = getattr(model, "peft_config", None)
-    if not isinstance(configs, dict) or not configs:
-        raise ValueError("`model` must hold a TR-PTS adapter, got a model without: use `get_peft_model` first.")
+    if not isinstance(configs, dict) or not any(isinstance(config, TRPTSConfig) for config in configs.values()):
+        raise ValueError(
+            "`model` must hold a TR-PTS adapter, got a model without: use `get_peft_model(model, TRPTSConfig(...))` "
+            "first, on a model without adapters of another method."
+        )
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if adapter_name is None:
         active = [m.active_adapters for m in base.modules() if isinstance(m, TRPTSLinear)]
@@ -190,8 +182,23 @@ def _check_calibratable(base: nn.Module, config: TRPTSConfig, adapter_name: str,
         check_token_layers(base, config.token_layers)
     elif config.token_layers and find_family(base) is not None:
         check_token_layers(base, [], received=config.token_layers)
+    elif config.token_layers:
+        name = type(base).__name__
+        logger.warning("%s is of no family in which tokens can be selected: all of them stay. See README.", name)
     if config.token_layers:
         check_no_fixed_selection(base)
+
+
+def _checked_linears(
+    base: nn.Module, config: TRPTSConfig, adapter_name: str, scores: FisherScores | None, overwrite: bool
+) -> dict[str, nn.Linear]:
+    """The targeted linears, once all is refused that can be before anything is measured."""
+    _check_calibratable(base, config, adapter_name, overwrite)
+    linears = targeted_linears(base, config, adapter_name)
+    check_feasible(config, {n: (m.out_features, m.in_features) for n, m in linears.items()}, base)
+    if scores is not None:
+        _check_given(scores, linears)
+    return linears
 
 
 def _check_given(scores: FisherScores, linears: Mapping[str, nn.Linear]) -> None:
@@ -224,13 +231,7 @@ def _probe(base: nn.Module, batches: Batches, head: Head, adapter_name: str, pro
     if batches.world > 1:
         for tensor in (probe.weight, probe.bias):
             tensor.copy_(of_first_process(tensor))
-    logger.info(
-        "Linear probe: strength %g, accuracy %.1f %% on its data, %.1f %% held out, held-out loss %.3f.",
-        probe.strength,
-        100 * probe.train_accuracy,
-        100 * probe.held_out_accuracy,
-        probe.held_out_loss,
-    )
+    logger.info("Linear probe: strength %g, held-out loss %.3f.", probe.strength, probe.held_out_loss)
     return probe
 
 

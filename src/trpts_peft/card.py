@@ -46,7 +46,9 @@ def update_card(folder: str | Path, config: Any, base_model_class: str | None) -
     if card.data.pipeline_tag is None and (base_model_class or "").endswith("ForImageClassification"):
         card.data.pipeline_tag = "image-classification"
     begin = _BEGIN.format(f" {subfolder}" if subfolder else "")
-    section = f"{begin}\n{describe_adapter(config, _shapes_in(file), base_model_class, subfolder)}\n{_END}"
+    names = not subfolder and (Path(folder) / "config.json").is_file()
+    part = describe_adapter(config, _shapes_in(file), base_model_class, subfolder=subfolder, names=names)
+    section = f"{begin}\n{part}\n{_END}"
     others = re.sub(f"{re.escape(begin)}.*?{re.escape(_END)}", "", card.text, flags=re.DOTALL).lstrip()
     card.text = f"{section}\n\n{others}"
     card.save(path)
@@ -67,7 +69,9 @@ def _shapes_in(path: Path) -> Shapes:
         return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
 
 
-def describe_adapter(config: Any, shapes: Shapes, base_model_class: str | None, subfolder: str = "") -> str:
+def describe_adapter(
+    config: Any, shapes: Shapes, base_model_class: str | None, *, subfolder: str = "", names: bool = False
+) -> str:
     """Markdown: what the adapter changes, how to load it, and a table of its blocks.
 
     Args:
@@ -75,6 +79,7 @@ def describe_adapter(config: Any, shapes: Shapes, base_model_class: str | None, 
         shapes: {key in the adapter's file: shape}.
         base_model_class: name of the class of the base model in transformers; None where it is not known.
         subfolder: where the adapter lies below the folder of the card.
+        names: whether a `config.json` beside the adapter has the names of the classes.
     """
     columns = {key.removesuffix(_COLUMNS): shape for key, shape in shapes.items() if key.endswith(_COLUMNS)}
     trained = sum(neurons * count for neurons, count in columns.values())
@@ -82,7 +87,7 @@ def describe_adapter(config: Any, shapes: Shapes, base_model_class: str | None, 
     if config.connections is None:
         text += " It is **not calibrated**: each neuron trains its inputs of largest weight, whatever the task."
     named = f"`{subfolder}` " if subfolder else ""
-    snippet = "\n".join(_snippet(config, shapes, base_model_class, subfolder))
+    snippet = "\n".join(_snippet(config, shapes, base_model_class, subfolder, names))
     return "\n\n".join(
         [
             f"# TR-PTS adapter {named}of {config.base_model_name_or_path or 'an unnamed model'}",
@@ -93,19 +98,24 @@ def describe_adapter(config: Any, shapes: Shapes, base_model_class: str | None, 
     )
 
 
-def _snippet(config: Any, shapes: Shapes, base_model_class: str | None, subfolder: str) -> list[str]:
+def _snippet(config: Any, shapes: Shapes, base_model_class: str | None, subfolder: str, names: bool) -> list[str]:
     """Code that loads base model and adapter."""
-    name = base_model_class or "AutoModelForImageClassification"
+    model = base_model_class or "AutoModelForImageClassification"
     base = json.dumps(config.base_model_name_or_path or "the/base-model")
-    labels = [shape[0] for key, shape in shapes.items() if key.endswith("classifier.weight")]
-    head = f", num_labels={labels[0]}, ignore_mismatched_sizes=True" if labels else ""
+    labels = [f"num_labels={shape[0]}" for key, shape in shapes.items() if key.endswith("classifier.weight")][:1]
+    read = []
+    if names and labels:
+        read = ['config = AutoConfig.from_pretrained("user/repository")  # this repository, or its folder']
+        labels = ["num_labels=config.num_labels", "id2label=config.id2label", "label2id=config.label2id"]
+    head = "".join(f", {argument}" for argument in [*labels, "ignore_mismatched_sizes=True"]) if labels else ""
     within = f", subfolder={json.dumps(subfolder)}" if subfolder else ""
     return [
         "import trpts_peft  # registers the method with PEFT",
         "from peft import PeftModel",
-        f"from transformers import {name}",
+        f"from transformers import {', '.join(sorted(['AutoConfig'] * len(read) + [model]))}",
         "",
-        f"base = {name}.from_pretrained({base}{head})",
+        *read,
+        f"base = {model}.from_pretrained({base}{head})",
         f'model = PeftModel.from_pretrained(base, "user/repository"{within}).eval()  # this repository, or its folder',
     ]
 

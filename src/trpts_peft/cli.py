@@ -130,8 +130,10 @@ def _merge(
 ) -> None:
     """Merge an adapter into its base model, and write that as a plain checkpoint of transformers."""
     with _one_line():
-        merge_into_checkpoint(find_adapter(adapter), output, token_selection)
+        selects = merge_into_checkpoint(find_adapter(adapter), output, token_selection)
     typer.echo(f"wrote {output}")
+    if selects:
+        typer.echo("it keeps all tokens until trpts_peft.apply_token_selection(model) is called on it")
 
 
 @app.command("plot")

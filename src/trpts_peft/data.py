@@ -7,7 +7,8 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import NoneType
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -124,10 +125,35 @@ class _Inputs:
     def of(self, sample: Any) -> Any:
         """Only what the model takes: other columns, such as the image itself, cannot be stacked."""
         if not isinstance(sample, Mapping):
-            got = type(sample).__name__
-            raise ValueError(f"`data` must yield dicts with `{self.main}` and `labels`, got {got}.")
+            self.refuse(sample)
         self.check(sample)
+        for key in ("labels", "label", "label_ids"):
+            if key in sample and isinstance(sample[key], (str, NoneType)):  # the collate function passes over them
+                self.refuse_labels(sample[key])
         return {key: sample[key] for key in sample if key in self.accepted or key in ("label", "label_ids")}
+
+    def refuse(self, got: object) -> NoReturn:
+        raise ValueError(
+            f"`data` must yield dicts with `{self.main}` and `labels`, got {type(got).__name__}: make them in the data "
+            "set, or in the `collate_fn` of a DataLoader."
+        )
+
+    def refuse_labels(self, got: object) -> NoReturn:
+        raise ValueError(
+            f"`labels` must be whole numbers, got {got!r}: number the classes in the data set, as with "
+            "`dataset.class_encode_column`."
+        )
+
+    def check_collated(self, batch: Mapping[str, Any]) -> None:
+        self.check(batch)
+        for key in ("labels", "label", "label_ids"):
+            if key in batch and not isinstance(batch[key], Tensor):
+                self.refuse_labels(batch[key])
+        if not isinstance(batch[self.main], Tensor):
+            raise ValueError(
+                f"`data` must yield `{self.main}` as tensors, got {type(batch[self.main]).__name__}: pass the data set "
+                'itself, or `dataset.with_format("torch")`.'
+            )
 
 
 @dataclass(frozen=True)
@@ -230,8 +256,8 @@ class Batches:
         bar = tqdm(loader, desc=description, disable=not progress or self.rank != 0, leave=False)
         for batch in bar:
             if not isinstance(batch, Mapping):
-                raise ValueError(f"`data` must yield dicts, got batches of {type(batch).__name__}.")
-            self.inputs.check(batch)
+                self.inputs.refuse(batch)
+            self.inputs.check_collated(batch)
             named = {("labels" if k in ("label", "label_ids") else k): v for k, v in batch.items()}
             yield {
                 key: value.to(self.device) if isinstance(value, Tensor) else value

@@ -46,7 +46,7 @@ def load_adapted(folder: Path) -> tuple[PeftModel, Any]:
         raise ValueError(f"`adapter` must fit its base model {source!r}, got {first_line(error)}") from error
 
 
-def merge_into_checkpoint(folder: Path, output: Path, token_selection: Literal["keep", "drop"] | None = None) -> None:
+def merge_into_checkpoint(folder: Path, output: Path, token_selection: Literal["keep", "drop"] | None = None) -> bool:
     """Merge the adapter in `folder` into its base, and save that as transformers saves a model.
 
     Args:
@@ -56,13 +56,17 @@ def merge_into_checkpoint(folder: Path, output: Path, token_selection: Literal["
             in the checkpoint's config, and `apply_token_selection(model)` puts them in force. `"drop"`: the
             checkpoint keeps all tokens, so its outputs are not those of the adapter.
 
+    Returns:
+        Whether the checkpoint carries rates that `apply_token_selection` puts in force.
+
     Raises:
         ValueError: the output folder is not empty, the adapter selects tokens and `token_selection` is None, or as
             `load_adapted`. Nothing is written.
     """
     check_empty(output)
     config = read_config(folder)
-    if config.fixed_token_layers and config.keep_rate < 1 and token_selection is None:
+    selects = bool(config.fixed_token_layers) and config.keep_rate < 1
+    if selects and token_selection is None:
         raise ValueError(
             f"`token_selection` must be 'keep' or 'drop' for an adapter that selects tokens (blocks "
             f"{config.fixed_token_layers}, keep rate {config.keep_rate:g}), got None: without selection the outputs "
@@ -72,6 +76,7 @@ def merge_into_checkpoint(folder: Path, output: Path, token_selection: Literal["
     merged = cast(Any, model).merge_and_unload(keep_token_selection=token_selection != "drop")
     merged.save_pretrained(output)
     processor.save_pretrained(output)
+    return selects and token_selection == "keep"
 
 
 # ---- figures ----

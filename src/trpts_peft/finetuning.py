@@ -38,6 +38,7 @@ from .methods import METHODS
 from .metrics import accuracy_of
 from .report import check_upload, result_folder, start_card, write_report
 from .run_folder import SETTINGS, check_data, check_output, last_checkpoint, read_json, step_of, write_json
+from .vit import forget_token_selection
 
 __all__ = [
     "FinetuneRun",
@@ -223,9 +224,9 @@ class FinetuneRun:
     def _write(self, trainer: Trainer, metrics: Mapping[str, float], resumed: int) -> dict[str, Any]:
         folder = self.settings.output / ("adapter" if isinstance(self.model, PeftModel) else "model")
         start_card(folder)
+        cast(Any, self.model).config.save_pretrained(folder)  # beside an adapter: for the names of the classes
         cast(Any, self.model).save_pretrained(folder)
         self.processor.save_pretrained(folder)
-        cast(Any, self.model).config.save_pretrained(folder)  # beside an adapter: for the names of the classes
         steps = {"steps": trainer.state.global_step, "resumed_from_step": resumed}
         return write_report(
             self.settings.output,
@@ -266,6 +267,7 @@ def prepare(settings: FinetuneSettings) -> FinetuneRun:
     check_data(settings.output, data.describe())
     set_seed(settings.seed)
     base = load_classifier(settings.model, data.names)
+    forget_token_selection(base)  # rates that a merged model carries are none of this run's
     _check_fit(base, data, processor)
     run = FinetuneRun(settings, data, processor, base, state)
     run.model = _adapted(run, base)

@@ -174,15 +174,15 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
     def replace_columns(self, adapter_name: str, columns: Tensor, values: Tensor | None = None) -> None:
         """Exchange an adapter's columns; its values start from zero unless given, its bias from zero.
 
-        The new parameters have the dtype of the old ones, and train if those did.
+        The parameters stay the same objects, so that an optimizer that was made before trains what is there now.
         """
         old = self.trpts_values[adapter_name]
-        new = old.new_zeros(columns.shape) if values is None else values.to(old)
+        new = old.data.new_zeros(columns.shape) if values is None else values.detach().to(old)
         self.trpts_columns[adapter_name] = columns.to(old.device)
-        self.trpts_values[adapter_name] = nn.Parameter(new, requires_grad=old.requires_grad)
+        old.data, old.grad = new, None
         if adapter_name in self.trpts_bias:
-            bias = torch.zeros_like(self.trpts_bias[adapter_name])
-            self.trpts_bias[adapter_name] = nn.Parameter(bias, requires_grad=old.requires_grad)
+            bias = self.trpts_bias[adapter_name]
+            bias.data, bias.grad = torch.zeros_like(bias.data), None
         self.trpts_fingerprint[adapter_name] = self.base_fingerprint()
         self.refresh(adapter_name)
         self.fresh.discard(adapter_name)

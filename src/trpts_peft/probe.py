@@ -41,6 +41,11 @@ class LinearProbe:
     held_out_accuracy: float
     held_out_loss: float
 
+    def summary(self) -> str:
+        """What training starts from, in one line."""
+        train, held_out = 100 * self.train_accuracy, 100 * self.held_out_accuracy
+        return f"fitted head: accuracy {train:.1f} % on its data, {held_out:.1f} % held out"
+
 
 def _fit(features: Tensor, labels: Tensor, strength: float, start: Tensor) -> Tensor:
     """Minimise mean cross-entropy + λ/2 ‖W‖² over W (features + 1, num_labels); a strictly convex problem."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -19,7 +19,7 @@ from .fisher import FisherScores
 from .functional import allocate_connections, top_connections, top_counts
 from .vit import check_token_layers
 
-__all__ = ["Selection", "select", "unit_of", "unit_order"]
+__all__ = ["Selection", "check_feasible", "select", "unit_of", "unit_order"]
 
 _BLOCK = re.compile(r"^(.*?\.\d+)\.")
 
@@ -106,6 +106,7 @@ def select(scores: FisherScores, config: TRPTSConfig, model: nn.Module) -> Selec
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     units = {name: unit_of(name, config.allocation_unit) for name in scores}
     shapes = {name: (score.shape[0], score.shape[1]) for name, score in scores.items()}
+    check_feasible(config, shapes, model)
     counts = top_counts(scores, units, config.top_percent)
     connections = _allocate(counts, units, shapes, config)
     total = sum(counts.values())
@@ -120,6 +121,38 @@ def select(scores: FisherScores, config: TRPTSConfig, model: nn.Module) -> Selec
         units=units,
         speedup=_speedup(model, token_layers, config.keep_rate),
     )
+
+
+def check_feasible(config: TRPTSConfig, shapes: Mapping[str, tuple[int, int]], model: nn.Module) -> None:
+    """Refuse what cannot be met whatever the scores are.
+
+    Args:
+        config: the options.
+        shapes: {targeted linear: (out_features, in_features)}.
+        model: the base model, for its blocks.
+
+    Raises:
+        ValueError: the budget cannot be met, or there are fewer candidate blocks than token layers are asked for.
+    """
+    if config.budget is not None:
+        size = sum(rows * inputs for rows, inputs in shapes.values())
+        cap = _cap(config, shapes)
+        least = sum(rows for rows, _ in shapes.values())
+        greatest = sum(rows * min(cap, inputs) for rows, inputs in shapes.values())
+        slack = Fraction(1, 100_000)  # the limits that the message names, as printed, are accepted
+        if not least * (1 - slack) <= Fraction(config.budget) * size <= greatest * (1 + slack):
+            raise ValueError(
+                f"`budget` must be from {least / size:.6g} (one input per neuron) to {greatest / size:.6g} (all "
+                f"neurons at `max_connections`, which is {config.max_connections}, or their inputs), got "
+                f"{config.budget!r}."
+            )
+    if isinstance(config.token_layers, int) and config.token_layers and find_family(model) is not None:
+        candidates = len(set(_blocks_of(shapes, model).values()))
+        if config.token_layers > candidates:
+            raise ValueError(
+                f"`token_layers` must be at most {candidates}, the blocks of the model with a targeted linear, "
+                f"got {config.token_layers}."
+            )
 
 
 def _check_scores(scores: Mapping[str, Tensor]) -> None:
@@ -149,11 +182,16 @@ def _trainable(connections: Mapping[str, int], shapes: Mapping[str, tuple[int, i
     return sum(count * shapes[name][0] for name, count in connections.items())
 
 
+def _cap(config: TRPTSConfig, shapes: Mapping[str, tuple[int, int]]) -> int:
+    """The most connections that a unit can have."""
+    widest = max(inputs for _, inputs in shapes.values())
+    return widest if config.max_connections is None else min(config.max_connections, widest)
+
+
 def _allocate(
     counts: Mapping[str, int], units: Mapping[str, str], shapes: Mapping[str, tuple[int, int]], config: TRPTSConfig
 ) -> dict[str, int]:
-    widest = max(inputs for _, inputs in shapes.values())
-    cap = widest if config.max_connections is None else min(config.max_connections, widest)
+    cap = _cap(config, shapes)
 
     def at(least: Fraction) -> dict[str, int]:
         return _spread(units, allocate_connections(counts, min_connections=least, max_connections=cap), shapes)
@@ -161,15 +199,7 @@ def _allocate(
     if config.budget is None:
         return at(Fraction(config.min_connections))
     steps = _steps(counts, cap)
-    size = sum(rows * inputs for rows, inputs in shapes.values())
-    least, greatest = _trainable(at(steps[0]), shapes), _trainable(at(steps[-1]), shapes)
-    wanted = Fraction(config.budget) * size
-    slack = Fraction(1, 100_000)  # the limits that the message names, as printed, are accepted
-    if not least * (1 - slack) <= wanted <= greatest * (1 + slack):
-        raise ValueError(
-            f"`budget` must be from {least / size:.6g} (one input per neuron) to {greatest / size:.6g} (all neurons at "
-            f"`max_connections` or their inputs), got {config.budget!r}."
-        )
+    wanted = Fraction(config.budget) * sum(rows * inputs for rows, inputs in shapes.values())
     # The number of connections grows with C_min: find the first step that reaches the budget, then look one back.
     low, high = 0, len(steps) - 1
     while low < high:
@@ -208,16 +238,17 @@ def _choose_token_layers(
         return ()
     check_token_layers(model, [], received=config.token_layers)
     candidates = _rank_blocks(scores, connections, shapes, config, model)
-    if config.token_layers > len(candidates):
-        raise ValueError(
-            f"`token_layers` must be at most {len(candidates)}, the blocks of the model with a targeted linear, "
-            f"got {config.token_layers}."
-        )
     if config.token_placement == "random":
         return tuple(sorted(random.Random(config.seed).sample(sorted(candidates), config.token_layers)))
     if config.token_placement == "dense":
         candidates = candidates[::-1]
     return tuple(sorted(candidates[: config.token_layers]))
+
+
+def _blocks_of(linears: Iterable[str], model: nn.Module) -> dict[str, str]:
+    """{linear: block of the model} of those that lie in one."""
+    blocks = {name for name, _ in find_blocks(model)}
+    return {linear: block for linear in linears if (block := unit_of(linear, "block")) in blocks}
 
 
 def _rank_blocks(
@@ -229,7 +260,7 @@ def _rank_blocks(
 ) -> list[int]:
     """Blocks with a targeted linear: fewest trainable connections first, then least w, least Fisher, latest block."""
     index_of = {name: index for index, (name, _) in enumerate(find_blocks(model))}
-    block_of = {linear: block for linear in scores if (block := unit_of(linear, "block")) in index_of}
+    block_of = _blocks_of(scores, model)
     counts = top_counts(scores, {linear: block_of.get(linear, "") for linear in scores}, config.top_percent)
     keys: dict[int, tuple[int, int, float, int]] = {}
     for name, index in index_of.items():

@@ -70,7 +70,7 @@ def main() -> None:
         ignore_mismatched_sizes=True,
     )
 
-    # The three lines that make it TR-PTS. calibrate comes before the Trainer: it replaces the adapter's parameters.
+    # The three lines that make it TR-PTS. calibrate comes before training: it gives parameters another shape.
     model = get_peft_model(base, TRPTSConfig(keep_rate=arguments.keep_rate, modules_to_save=["classifier"]))
     calibrate(model, images["train"])
 

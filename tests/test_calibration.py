@@ -246,18 +246,20 @@ def test_modules_trained_whole_are_the_adapters_own_while_adapters_are_off() -> 
         model.base_model.model.vit.layernorm.modules_to_save["default"].weight.data[:8] = 3
         with model.disable_adapter() if off else nullcontext():
             selections.append(calibrate(model, DATA, **QUIET))
+            with torch.no_grad():
+                assert torch.equal(model(build_images()).logits, build_vit()(build_images()).logits) == off
     assert_equal(*selections)
 
 
 class HeldHead(nn.Module):
-    """A head as timm's: the linear is a part of it."""
+    """A head as some of timm's: the linear is a part of it, and there is another one of that name further in."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm, self.fc = nn.LayerNorm(32), nn.Linear(32, 3)
+        self.pre_logits, self.fc = nn.ModuleDict({"fc": nn.Linear(32, 16)}), nn.Linear(16, 3)
 
     def forward(self, features: Tensor) -> Tensor:
-        out: Tensor = self.fc(self.norm(features))
+        out: Tensor = self.fc(self.pre_logits["fc"](features).tanh())
         return out
 
 
@@ -272,6 +274,8 @@ def test_a_head_may_hold_its_linear(trained: bool) -> None:
         calibrate(model, DATA, adapter_name="default", **QUIET)
     wrapper = model.base_model.model.classifier
     assert torch.equal(wrapper.original_module.fc.weight, plain)
+    for held in wrapper.modules_to_save.values():
+        assert torch.equal(held.pre_logits["fc"].weight, base.classifier.original_module.pre_logits["fc"].weight)
     assert torch.equal(wrapper.modules_to_save["other"].fc.weight, plain)
     if trained:
         assert not torch.equal(wrapper.modules_to_save["default"].fc.weight, plain)
@@ -354,6 +358,10 @@ def test_summary_is_printed_only_with_progress(capsys: pytest.CaptureFixture[str
     selection = calibrate(adapter(), DATA, progress=True)
     head, _, table = capsys.readouterr().out.partition("\n")
     assert head.startswith("fitted head: accuracy ") and table == f"{selection.summary()}\n"
+    calibrate(adapter(), LabelledImages(4), progress=True)  # too few to hold one out of each class
+    assert capsys.readouterr().out.partition("\n")[0].endswith(" % on its data")
+    with pytest.warns(UserWarning, match="not trained"):
+        calibrate(adapter(modules_to_save=None), DATA, progress=True)
     calibrate(adapter(), DATA, probe_head=False, progress=True)
     assert "fitted head" not in capsys.readouterr().out
     calibrate(adapter(), DATA, progress=False)
@@ -363,7 +371,8 @@ def test_summary_is_printed_only_with_progress(capsys: pytest.CaptureFixture[str
 def test_an_optimizer_made_before_trains_what_is_there_now() -> None:
     model = adapter(min_connections=2).train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-    model(**{"pixel_values": build_images(), "labels": torch.tensor([0, 1])}).loss.backward()
+    held = model(**{"pixel_values": build_images(), "labels": torch.tensor([0, 1])})  # and with it autograd's graph
+    held.loss.backward(retain_graph=True)
     selection = calibrate(model, DATA, **QUIET)
     optimizer.step()  # of gradients of what was there before: nothing
     assert not any(layer.is_trained("default") for layer in model.modules() if isinstance(layer, TRPTSLinear))
@@ -637,7 +646,11 @@ def test_inference_mode_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("wrapped", "name"),
-    [(lambda m: torch.compile(m, backend="eager"), "OptimizedModule"), (nn.DataParallel, "DataParallel")],
+    [
+        (lambda m: torch.compile(m, backend="eager"), "OptimizedModule"),
+        (nn.DataParallel, "DataParallel"),
+        (lambda m: get_peft_model(torch.compile(build_vit(), backend="eager"), TRPTSConfig()), "OptimizedModule"),
+    ],
 )
 def test_what_wraps_a_model_is_refused(wrapped: Any, name: str) -> None:
     """Its names of linears are not those that the adapter is loaded by."""

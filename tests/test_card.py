@@ -104,6 +104,18 @@ def test_adapters_in_folders_of_their_own_are_in_the_card_above(saved, tmp_path)
             assert torch.equal(names["model"](build_images()).logits, model.eval()(build_images()).logits)
 
 
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n"])
+def test_an_adapter_is_saved_over_a_broken_file(saved, content):
+    model, folder = saved
+    (folder / "adapter_model.safetensors").write_bytes(content)
+    model.save_pretrained(folder)
+    assert ModelCard.load(folder / "README.md").text.count("24 linear layers") == 1
+    assert PeftModel.from_pretrained(
+        ViTForImageClassification.from_pretrained(folder.parent / "base", num_labels=3, ignore_mismatched_sizes=True),
+        folder,
+    )
+
+
 def test_no_file_but_a_card_of_pefts_is_written_to_above_an_adapter(saved, tmp_path):
     model, folder = saved
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\nmy project\n")

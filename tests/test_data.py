@@ -8,6 +8,7 @@ from itertools import chain
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import DataLoaderDispatcher, IterableDatasetShard
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -175,6 +176,33 @@ def test_a_model_beside_an_idle_gpu_is_hinted_at(monkeypatch, caplog, there, env
 def test_samplers_and_subsets_that_leave_samples_out_are_kept():
     assert labels_of(DataLoader(samples(7), sampler=SubsetRandomSampler([6, 1, 3]))) == [[1, 3, 6]]
     assert labels_of(DataLoader(Subset(samples(7), [6, 1, 3]))) == [[6, 1, 3]]
+    assert labels_of(DataLoader(samples(7), sampler=RandomSampler(range(2)))) == [[0, 1]]
+    assert labels_of(DataLoader(samples(7), sampler=WeightedRandomSampler([0, 1, 0, 2.5], 9))) == [[1, 3]]
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        DataLoader(IterableDatasetShard(Stream(samples(4)), num_processes=2), batch_size=2),
+        DataLoaderDispatcher(Stream(samples(4)), batch_size=2),
+    ],
+)
+def test_streams_that_are_shared_out_already_are_refused(loader):
+    """Each process would take a share of its share."""
+    with pytest.raises(ValueError, match=r"`data` must be whole in every process.*made from"):
+        labels_of(loader, world=2)
+
+
+class Sharing:
+    """The share of one process, as other libraries' samplers hand it out."""
+
+    num_replicas = 2
+
+    def __iter__(self):
+        return iter([1, 3, 5])
+
+    def __len__(self):
+        return 3
 
 
 @pytest.mark.parametrize(
@@ -182,8 +210,9 @@ def test_samplers_and_subsets_that_leave_samples_out_are_kept():
     [
         RandomSampler(range(7), replacement=True),
         RandomSampler(range(7), num_samples=2),
-        WeightedRandomSampler([1.0] * 7, 7),
+        WeightedRandomSampler([1.0] * 7, 2),
         DistributedSampler(range(7), num_replicas=2, rank=1),
+        Sharing(),
     ],
 )
 def test_samples_that_are_drawn_or_shared_out_stand_for_all(sampler):
@@ -238,8 +267,19 @@ def test_samples_that_are_no_dicts_are_refused():
 @pytest.mark.parametrize("key", ["labels", "label"])
 def test_labels_that_are_no_numbers_are_named(label, wrap, key):
     rows = [{"pixel_values": torch.zeros(2), key: label}] * 2
-    with pytest.raises(ValueError, match=r"`labels` must be whole numbers, got .*(rose|None)"):
+    with pytest.raises(ValueError, match=r"`labels` must be whole numbers, .* got .*(rose|None)"):
         labels_of(wrap(rows))
+
+
+def test_labels_in_a_batch_are_a_tensor():
+    rows = [{"pixel_values": torch.zeros(2), "labels": 1}] * 2
+    data = DataLoader(rows, collate_fn=lambda rows: {"pixel_values": torch.zeros(1, 2), "labels": [1]})
+    with pytest.raises(ValueError, match=r"`labels` must be .* a tensor of them, got \[1\]"):
+        labels_of(data)
+
+
+def test_one_name_of_labels_will_do():
+    assert labels_of([{"pixel_values": torch.zeros(2), "labels": 1, "label_ids": None}]) == [[1]]
 
 
 def test_pixels_that_are_no_tensors_are_named():

@@ -11,12 +11,11 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from peft import PeftModel
 from torch import nn
 
 from .checkpoint import adapted_linears
 from .config import TRPTSConfig
-from .data import Batches, check_bare, check_whole, of_first_process, processes
+from .data import Batches, check_whole, of_first_process, processes
 from .families import find_family
 from .fisher import FisherScores, LossFn
 from .head import Head, find_head, num_labels
@@ -24,6 +23,7 @@ from .layer import TRPTSLinear
 from .measurement import (
     LABELS,
     SCORES,
+    bare_base,
     check_labels,
     check_words,
     check_workspace,
@@ -88,7 +88,7 @@ def calibrate(
     _finish_head(head, probe)
     _install(base, cast(Any, model).peft_config, name, config, selection)
     if progress and processes(accelerator)[0] == 0:
-        print(*([] if probe is None else [probe.summary()]), selection.summary(), sep="\n")
+        print(*([probe.summary()] if probe and head and head.trainable else []), selection.summary(), sep="\n")
     return selection
 
 
@@ -143,14 +143,13 @@ def _fit_head(
 def _find_adapter(model: nn.Module, adapter_name: str | None) -> tuple[nn.Module, str, TRPTSConfig]:
     if torch.is_inference_mode_enabled():
         raise ValueError("`calibrate` must make trainable parameters, got `torch.inference_mode`: call it outside.")
-    check_bare(model)
+    base = bare_base(model)
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, dict) or not any(isinstance(config, TRPTSConfig) for config in configs.values()):
         raise ValueError(
             "`model` must hold a TR-PTS adapter, got a model without: use `get_peft_model(model, TRPTSConfig(...))` "
             "first, on a model without adapters of another method."
         )
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
     if adapter_name is None:
         active = [m.active_adapters for m in base.modules() if isinstance(m, TRPTSLinear)]
         if not active or len(active[0]) != 1:

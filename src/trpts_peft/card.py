@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from .families import block_index
 
@@ -46,8 +46,12 @@ def update_card(folder: str | Path, config: Any, base_model_class: str | None) -
     if card.data.pipeline_tag is None and (base_model_class or "").endswith("ForImageClassification"):
         card.data.pipeline_tag = "image-classification"
     begin = _BEGIN.format(f" {subfolder}" if subfolder else "")
+    try:
+        shapes = _shapes_in(file)
+    except SafetensorError:  # PEFT writes the card first: what lies there from before may be broken
+        return
     names = not subfolder and (Path(folder) / "config.json").is_file()
-    part = describe_adapter(config, _shapes_in(file), base_model_class, subfolder=subfolder, names=names)
+    part = describe_adapter(config, shapes, base_model_class, subfolder=subfolder, names=names)
     section = f"{begin}\n{part}\n{_END}"
     others = re.sub(f"{re.escape(begin)}.*?{re.escape(_END)}", "", card.text, flags=re.DOTALL).lstrip()
     card.text = f"{section}\n\n{others}"

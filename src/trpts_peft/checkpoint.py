@@ -245,7 +245,8 @@ def _check_saved_modules(
         if key not in state_dict:
             continue
         if state_dict[key].shape != own.shape and not config.allow_other_base and not _ignores_sizes.get():
-            remedy = "load a base model with this head, as with `num_labels`, or pass `ignore_mismatched_sizes=True`"
+            loading = "`PeftModel.from_pretrained(..., ignore_mismatched_sizes=True)`"
+            remedy = f"load a base model with this head, as with `num_labels`, or the adapter by {loading}"
             _refuse(key, f"of shape {tuple(own.shape)}", tuple(state_dict[key].shape), remedy)
         if isinstance(own, nn.Parameter) and own.is_floating_point():  # a buffer may well hold an infinite mask
             _check_values(key, state_dict[key], own.dtype)

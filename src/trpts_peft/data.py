@@ -7,17 +7,16 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from types import NoneType
 from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast, is_compiled_module, parse_flag_from_env, reduce
+from accelerate.data_loader import DataLoaderDispatcher, IterableDatasetShard
+from accelerate.utils import broadcast, broadcast_object_list, is_compiled_module, parse_flag_from_env, reduce
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
-from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, WeightedRandomSampler
 from tqdm.auto import tqdm
 from transformers import default_data_collator
 
@@ -127,9 +126,9 @@ class _Inputs:
         if not isinstance(sample, Mapping):
             self.refuse(sample)
         self.check(sample)
-        for key in ("labels", "label", "label_ids"):
-            if key in sample and isinstance(sample[key], (str, NoneType)):  # the collate function passes over them
-                self.refuse_labels(sample[key])
+        labels = [sample[key] for key in ("labels", "label", "label_ids") if sample.get(key) is not None]
+        if not labels or isinstance(labels[0], str):  # which the collate function passes over
+            self.refuse_labels(*labels or [None])
         return {key: sample[key] for key in sample if key in self.accepted or key in ("label", "label_ids")}
 
     def refuse(self, got: object) -> NoReturn:
@@ -140,8 +139,8 @@ class _Inputs:
 
     def refuse_labels(self, got: object) -> NoReturn:
         raise ValueError(
-            f"`labels` must be whole numbers, got {got!r}: number the classes in the data set, as with "
-            "`dataset.class_encode_column`."
+            f"`labels` must be whole numbers, in batches a tensor of them, got {got!r}: number the classes in the data "
+            "set, as with `dataset.class_encode_column`, and make a tensor of them."
         )
 
     def check_collated(self, batch: Mapping[str, Any]) -> None:
@@ -178,8 +177,8 @@ class Batches:
     Args:
         data: a map-style Dataset or a DataLoader, yielding dicts with the model's main input and `labels`. Of a
             DataLoader over a map-style data set, the data set, the collate function, its workers and a sampler that
-            leaves the same samples out each time are used; the order, what is drawn, and the share of a process are
-            not. Other DataLoaders are iterated as they are.
+            leaves samples out are used; its order, how often it repeats one, and which share it gives to this process
+            are not. Other DataLoaders are iterated as they are.
         model: the model, for the inputs that it takes and its device.
         num_samples: how many samples to use, drawn with a fixed seed (the first ones of an iterable); None: all.
         batch_size: samples per batch; a DataLoader over an iterable keeps its own.
@@ -212,12 +211,17 @@ class Batches:
         self.stream = isinstance(data, DataLoader) and (
             isinstance(data.dataset, IterableDataset) or data.batch_sampler is None
         )
+        if self.stream and world > 1 and _is_shared_out(data):
+            raise ValueError(
+                "`data` must be whole in every process, got a stream that `Accelerator.prepare` has shared out among "
+                "them: pass the DataLoader that it was made from."
+            )
         self.loader: Iterable[Any] = data if self.stream else self._loader(data)
 
     def _loader(self, data: Any) -> DataLoader[Any]:
         if isinstance(data, DataLoader):
             loading = {name: getattr(data, name) for name in _LOADING}
-            return self._sampled(data.dataset, _indices(data), data.collate_fn, loading)
+            return self._sampled(data.dataset, _indices(data, self.world), data.collate_fn, loading)
         if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, (str, Mapping)):
             return self._sampled(data, range(len(data)), default_data_collator, {})
         raise TypeError(f"`data` must be a Dataset with a length or a DataLoader, got {type(data).__name__}.")
@@ -266,6 +270,10 @@ class Batches:
             }
 
 
+def _is_shared_out(loader: DataLoader[Any]) -> bool:
+    return isinstance(loader, DataLoaderDispatcher) or isinstance(loader.dataset, IterableDatasetShard)
+
+
 def _hint_at_accelerator(device: torch.device) -> None:
     """Say that a model lies on the CPU beside a GPU: Trainer moves it there, but only once it trains."""
     if device.type != "cpu" or not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"):
@@ -274,16 +282,18 @@ def _hint_at_accelerator(device: torch.device) -> None:
     logger.warning("The model is on the CPU, so the data is gone over there: faster after `model.to(%r)`.", better)
 
 
-def _indices(loader: DataLoader[Any]) -> Iterable[int]:
+def _indices(loader: DataLoader[Any], world: int) -> Iterable[int]:
     """Which samples of its data set a DataLoader stands for, order apart."""
     sampler = getattr(loader.batch_sampler, "sampler", None)
     base = getattr(loader.batch_sampler, "batch_sampler", None)  # accelerate's shards wrap the user's batch sampler
     sampler = getattr(base, "sampler", sampler)
     if sampler is None:
         raise ValueError("`data` must have a plain sampler, got a DataLoader with a batch sampler: pass its data set.")
-    if isinstance(sampler, (SequentialSampler, RandomSampler, DistributedSampler)):
+    if isinstance(sampler, (SequentialSampler, RandomSampler)):
+        return range(len(sampler.data_source))
+    if isinstance(sampler, WeightedRandomSampler):
+        return sampler.weights.nonzero().flatten().tolist()
+    if hasattr(sampler, "num_replicas"):  # the share of a process: all of them work on all of it
         return range(len(loader.dataset))  # type: ignore[arg-type]
-    once, again = set(sampler), set(sampler)
-    if once != again:  # drawn, as by weights: calibration is to see the same samples each time, and on every process
-        return range(len(loader.dataset))  # type: ignore[arg-type]
-    return sorted(once)
+    found = [sorted(set(sampler))]
+    return found[0] if world == 1 else broadcast_object_list(found)[0]  # a sampler of one's own may draw

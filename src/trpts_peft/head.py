@@ -69,15 +69,15 @@ class Head:
 
 
 def find_head(model: nn.Module, adapter_name: str) -> Head:
-    """The head of a classification model, as far as its name tells.
+    """The head of a classification model, as far as its name tells: of several the outermost, of those the last.
 
     Raises:
         ValueError: there is none, or it is itself a target of the adapter.
     """
     own, idle = _copies(model, adapter_name)
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] not in _NAMES or module in idle:
-            continue
+    named = [(n, m) for n, m in model.named_modules() if n.rpartition(".")[2] in _NAMES and m not in idle]
+    named.sort(key=lambda item: -item[0].count("."))
+    for name, module in reversed(named):
         if isinstance(module, ModulesToSaveWrapper) and isinstance(module.original_module, nn.Linear):
             trains = adapter_name in module.modules_to_save
             linear = module.modules_to_save[adapter_name] if trains else module.original_module

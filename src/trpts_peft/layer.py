@@ -68,6 +68,16 @@ class _Overwritten(NamedTuple):
         return self if self.places.device == weight.device else self.apply(lambda tensor: tensor.to(weight.device))
 
 
+def _refill(parameter: nn.Parameter, entries: Tensor) -> None:
+    """Give a parameter other entries, whatever their shape.
+
+    An output that is still held keeps autograd's notion of the shape alive, which only another dtype dispels.
+    """
+    other = torch.float32 if parameter.dtype == torch.float64 else torch.float64
+    parameter.data = entries.new_empty(0, dtype=other)
+    parameter.data, parameter.grad = entries, None
+
+
 def _put_back(weight: Tensor, entries: Tensor) -> None:
     """Write the entries of a weight that is not contiguous back to it; `flatten` had to copy them."""
     if not weight.is_contiguous():
@@ -179,10 +189,9 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         old = self.trpts_values[adapter_name]
         new = old.data.new_zeros(columns.shape) if values is None else values.detach().to(old)
         self.trpts_columns[adapter_name] = columns.to(old.device)
-        old.data, old.grad = new, None
+        _refill(old, new)
         if adapter_name in self.trpts_bias:
-            bias = self.trpts_bias[adapter_name]
-            bias.data, bias.grad = torch.zeros_like(bias.data), None
+            _refill(self.trpts_bias[adapter_name], torch.zeros_like(self.trpts_bias[adapter_name].data))
         self.trpts_fingerprint[adapter_name] = self.base_fingerprint()
         self.refresh(adapter_name)
         self.fresh.discard(adapter_name)

@@ -24,7 +24,7 @@ from .head import Head
 from .layer import TRPTSLinear
 from .vit import token_selections
 
-__all__ = ["base_weights", "collect_features", "estimate_fisher", "measure", "targeted_linears"]
+__all__ = ["bare_base", "base_weights", "collect_features", "estimate_fisher", "measure", "targeted_linears"]
 
 SCORES = ("fisher", "gradient")
 LABELS = ("dataset", "model")
@@ -90,6 +90,14 @@ def targeted_linears(base: nn.Module, config: Any, adapter_name: str | None) -> 
             f"`target_modules` must match at least one nn.Linear of the model, got {config.target_modules!r}."
         )
     return linears
+
+
+def bare_base(model: nn.Module) -> nn.Module:
+    """The base model, with nothing around it or around the PeftModel that holds it."""
+    check_bare(model)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    check_bare(base)
+    return base
 
 
 def check_words(**choices: tuple[str, tuple[str, ...]]) -> None:
@@ -221,9 +229,8 @@ def estimate_fisher(
     """
     check_words(score=(score, SCORES), labels=(labels, LABELS))
     check_workspace(workspace_mb)
-    check_bare(model)
     check_whole(model)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = bare_base(model)
     rank, world = processes(accelerator)
     linears = _linears_to_score(base, target_modules)
     batches = Batches(data, base, num_samples=num_samples, batch_size=batch_size, rank=rank, world=world)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 
 import torch
@@ -43,8 +44,8 @@ class LinearProbe:
 
     def summary(self) -> str:
         """What training starts from, in one line."""
-        train, held_out = 100 * self.train_accuracy, 100 * self.held_out_accuracy
-        return f"fitted head: accuracy {train:.1f} % on its data, {held_out:.1f} % held out"
+        held_out = "" if math.isnan(self.held_out_accuracy) else f", {100 * self.held_out_accuracy:.1f} % held out"
+        return f"fitted head: accuracy {100 * self.train_accuracy:.1f} % on its data{held_out}"
 
 
 def _fit(features: Tensor, labels: Tensor, strength: float, start: Tensor) -> Tensor:

@@ -256,7 +256,7 @@ class HeldHead(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pre_logits, self.fc = nn.ModuleDict({"fc": nn.Linear(32, 16)}), nn.Linear(16, 3)
+        self.fc, self.pre_logits = nn.Linear(16, 3), nn.ModuleDict({"fc": nn.Linear(32, 16)})
 
     def forward(self, features: Tensor) -> Tensor:
         out: Tensor = self.fc(self.pre_logits["fc"](features).tanh())

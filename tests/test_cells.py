@@ -13,7 +13,7 @@ from benchmarks import cells
 from benchmarks.cells import Recipe, network, run_cell
 from benchmarks.variants import METHODS, SETTINGS, VARIANTS, Variant
 from tasks import RECIPE, Given
-from trpts_peft import TRPTSConfig, calibrate
+from trpts_peft import TRPTSConfig, apply_token_selection, calibrate, estimate_cost
 
 SMALL = {**SETTINGS, "token_layers": 1, "keep_rate": 0.5}  # of a ViT with four blocks
 
@@ -105,6 +105,22 @@ def test_another_method_drops_tokens_where_trpts_would(given: Given) -> None:
     linear = network(start, Variant("y", "linear", token_options=SMALL), 0)
     assert linear.config.trpts_keep_rates == {str(layer): 0.5 for layer in ours}
     assert VARIANTS["linear-tokens"].token_options == SETTINGS
+
+
+@pytest.mark.parametrize("variant", ["dense-equal", "random-equal"])
+def test_a_placement_saves_as_much_as_another(given: Given, variant: str) -> None:
+    """No keep rate comes closer, and none that is greater does as well."""
+    start, seed = given.start(), 1
+    wanted = estimate_cost(network(start, VARIANTS["sparse-0.8"], seed)).macs
+    model = network(start, VARIANTS[variant], seed)
+    config = model.peft_config["default"]
+    plain, found = start.base(), {}
+    for rate in (thousandths / 1000 for thousandths in range(1, 1001)):
+        apply_token_selection(plain, dict.fromkeys(config.selected_token_layers, rate))
+        found[rate] = abs(estimate_cost(plain).macs - wanted)
+    assert found[config.keep_rate] == abs(estimate_cost(model).macs - wanted) == min(found.values())
+    assert config.keep_rate == max(rate for rate in found if found[rate] == min(found.values()))
+    assert config.token_placement == variant.partition("-")[0]
 
 
 def test_the_recipe_is_followed(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:

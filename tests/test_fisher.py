@@ -111,7 +111,7 @@ def test_a_loss_of_ones_own_gets_the_labels_as_they_are(tiny_vit, labelled_image
 
 def test_labels_that_count_no_classes_are_refused(tiny_vit, labelled_images):
     rows = [{**row, "labels": torch.tensor(0.7)} for row in labelled_images(2)]
-    with pytest.raises(ValueError, match=r"`labels` must be one whole number per sample.* got torch.float32.*`loss_fn`"):
+    with pytest.raises(ValueError, match=r"`labels` must be one whole number per sample.*got torch.float32.*`loss_fn`"):
         estimate(tiny_vit(), rows)
 
 

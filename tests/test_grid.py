@@ -83,6 +83,20 @@ def test_cells_on_other_grounds_are_refused(given: Given, tmp_path: Path, counte
     assert len(counted.ran) == 1 and len(counted.validated) == 3
 
 
+def test_what_a_record_does_not_name_has_its_default(given: Given, tmp_path: Path, counted: Any) -> None:
+    """Of cells from before a variant had that attribute."""
+    ours, a = Grid(given.model, RECIPE, tmp_path / "grid"), given.tasks[:1]
+    ours.run(a, [LINEAR], [0])
+    for path in (tmp_path / "grid").rglob("*.json"):
+        content = json.loads(path.read_text())
+        del content["variant"]["macs_of"]
+        path.write_text(json.dumps(content))
+    ours.run(a, [LINEAR], [0, 1])
+    assert len(counted.ran) == 2 and len(counted.validated) == 3
+    with pytest.raises(ValueError, match="`output` must hold cells of this variant"):
+        ours.run(a, [replace(LINEAR, macs_of="trpts")], [0])
+
+
 def test_the_test_images_decide_nothing(given: Given, tmp_path: Path, counted: Any) -> None:
     """Rates are picked on validation images by training on the others; a cell trains on both, and is scored once."""
     Grid(given.model, RECIPE, tmp_path / "grid").run(given.tasks[:1], [LINEAR], [0])

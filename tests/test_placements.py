@@ -14,7 +14,9 @@ from tasks import Given, command
 from trpts_peft import estimate_cost
 
 
-@pytest.mark.parametrize(("variant", "seeds"), [("sparse-0.8", 1), ("dense-0.8", 1), ("random-0.8", 3)])
+@pytest.mark.parametrize(
+    ("variant", "seeds"), [("sparse-0.8", 1), ("dense-0.8", 1), ("random-0.8", 3), ("dense-equal", 1)]
+)
 def test_blocks_are_those_of_the_model_that_trains(given: Given, variant: str, seeds: int) -> None:
     start = given.start()
     found = placements.placements(start, [variant], [0, 1, 2])[variant]
@@ -22,6 +24,7 @@ def test_blocks_are_those_of_the_model_that_trains(given: Given, variant: str, s
     for seed, one in enumerate(found):
         model = network(start, VARIANTS[variant], seed)
         assert one["blocks"] == model.peft_config["default"].selected_token_layers
+        assert one["keep_rate"] == model.peft_config["default"].keep_rate
         assert one["speedup"] == pytest.approx(estimate_cost(model).speedup)
 
 

@@ -102,14 +102,16 @@ def test_what_scores_mark(write: Any) -> None:
 
 
 def test_the_blocks_of_each_placement(write: Any) -> None:
-    one, two = {"blocks": [9, 11], "speedup": 1.1}, {"blocks": [0, 3], "speedup": 1.3}
+    one = {"blocks": [9, 11], "keep_rate": 0.8, "speedup": 1.1}
+    two = {"blocks": [0, 3], "keep_rate": 0.95, "speedup": 1.3}
     found = {name: [one, two] if name == "random-0.8" else [one] for name in PLACEMENTS}
-    content = {"tasks": {"a": found, "b": {name: [two] for name in PLACEMENTS}}}
+    content = {"tasks": {"a": found, "b": {name: [two] for name in PLACEMENTS[:-1]} | {PLACEMENTS[-1]: [one]}}}
     (write.folder / "placements.json").write_text(json.dumps(content))
     lines = placement_table(write.results()).splitlines()
-    assert lines[0] == "| variant | a | b | predicted speed-up |"
-    assert lines[2] == "| sparse-0.8 | 9 11 | 0 3 | 1.200 |"
-    assert lines[4] == "| random-0.8 | 9 11; 0 3 | 0 3 | 1.233 |"
+    assert lines[0] == "| variant | a | b | keep rate | predicted speed-up |"
+    assert lines[2] == "| sparse-0.8 | 9 11 | 0 3 | 0.8 to 0.95 | 1.200 |"
+    assert lines[4] == "| random-0.8 | 9 11; 0 3 | 0 3 | 0.8 to 0.95 | 1.250 |"
+    assert lines[-1].endswith("| 0.8 | 1.100 |")
 
 
 def test_tables_stand_between_their_marks(write: Any) -> None:

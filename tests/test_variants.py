@@ -58,6 +58,15 @@ def test_learning_rates_are_a_step_from_the_best_and_change_nothing_else() -> No
         assert vars(VARIANTS[name]) == {**vars(other), **changed}
 
 
+def test_a_keep_rate_is_in_the_options_or_another_variant_s_cost() -> None:
+    equal = {variant.name: variant.macs_of for variant in VARIANTS.values() if variant.macs_of}
+    assert equal == {"dense-equal": "sparse-0.8", "random-equal": "sparse-0.8"}
+    for name in equal:
+        placement = name.partition("-")[0]
+        options = {**VARIANTS[name].options, "keep_rate": SETTINGS["keep_rate"]}
+        assert options == {**SETTINGS, "token_placement": placement}
+
+
 def test_what_is_drawn_is_drawn_by_the_seed_of_the_cell() -> None:
     drawing = {variant.name for variant in VARIANTS.values() if variant.draws}
-    assert drawing == {"shira", "random-2", "random-2-slow", "random-0.95", "random-0.8"}
+    assert drawing == {"shira", "random-2", "random-2-slow", "random-0.95", "random-0.8", "random-equal"}

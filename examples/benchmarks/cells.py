@@ -24,12 +24,13 @@ from transformers.utils import logging
 
 from benchmarks.baselines import build
 from benchmarks.start import Pixels, Start, weights_digest
-from benchmarks.variants import Variant
+from benchmarks.variants import VARIANTS, Variant
 from measure import file_bytes
-from trpts_peft import TRPTSConfig, apply_token_selection, calibrate, estimate_cost, select
+from trpts_peft import Selection, TRPTSConfig, apply_token_selection, calibrate, estimate_cost, select
+from trpts_peft.cost import geometry_of, macs
 from trpts_peft.metrics import accuracy_of
 
-__all__ = ["Recipe", "machine", "network", "quiet", "run_cell", "validate", "versions"]
+__all__ = ["Recipe", "machine", "network", "quiet", "run_cell", "settled", "validate", "versions"]
 
 _PACKAGES = ("trpts-peft", "torch", "transformers", "accelerate", "peft", "datasets", "pillow")
 
@@ -84,7 +85,7 @@ def network(start: Start, variant: Variant, seed: int) -> nn.Module:
     """The model that trains: the method applied to the base, GPS and TR-PTS calibrated."""
     set_seed(seed)
     base = start.base(variant.probed_head)
-    model = build(variant.method, base, variant.seeded(seed))
+    model = build(variant.method, base, settled(start, variant, seed))
     config = model.peft_config["default"] if isinstance(model, PeftModel) else None
     if isinstance(config, TRPTSConfig):
         _calibrate(model, config, start, variant)
@@ -93,6 +94,27 @@ def network(start: Start, variant: Variant, seed: int) -> nn.Module:
         layers = select(start.scores("fisher", variant.scoring), config, base).token_layers
         apply_token_selection(base, dict.fromkeys(layers, config.keep_rate))
     return model
+
+
+def settled(start: Start, variant: Variant, seed: int) -> dict[str, Any]:
+    """The options of a cell: its seed for what is drawn, and the keep rate that `macs_of` asks for.
+
+    That is the one in thousandths whose multiply-accumulates come closest, the greatest of equals.
+    """
+    options = variant.seeded(seed)
+    if not variant.macs_of:
+        return options
+    wanted, layers = _placed(start, VARIANTS[variant.macs_of], seed), _placed(start, variant, seed).token_layers
+    geometry = geometry_of(start.base())
+    cost = macs(geometry, dict.fromkeys(wanted.token_layers, wanted.keep_rate))
+    rates = [thousandths / 1000 for thousandths in range(1000, 0, -1)]
+    nearest = min(rates, key=lambda rate: abs(macs(geometry, dict.fromkeys(layers, rate)) - cost))
+    return {**options, "keep_rate": nearest}
+
+
+def _placed(start: Start, variant: Variant, seed: int) -> Selection:
+    """Where the variant selects tokens; its keep rate as its options have it."""
+    return select(start.scores("fisher", variant.scoring), TRPTSConfig(**variant.seeded(seed)), start.base())
 
 
 def _calibrate(model: nn.Module, config: TRPTSConfig, start: Start, variant: Variant) -> None:

@@ -128,6 +128,8 @@ class Grid:
 
     def _read(self, path: Path, ground: Mapping[str, Any]) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if "variant" in content:  # what was recorded before an attribute was added has its default
+            content["variant"] = json.loads(json.dumps(asdict(Variant(**content["variant"]))))
         for name, value in json.loads(json.dumps({**self._ground(), **ground})).items():
             if content.get(name) != value:
                 raise ValueError(

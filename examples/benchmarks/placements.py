@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.cells import settled
 from benchmarks.measured import add_measured_arguments, measured
 from benchmarks.start import Start
 from benchmarks.variants import VARIANTS
@@ -19,23 +20,26 @@ from trpts_peft.run_folder import write_json
 
 __all__ = ["PLACEMENTS", "placements"]
 
-PLACEMENTS = ("sparse-0.8", "dense-0.8", "random-0.8", "late-0.8")
+PLACEMENTS = ("sparse-0.8", "dense-0.8", "random-0.8", "late-0.8", "dense-equal", "random-equal")
 
 
 def placements(start: Start, variants: Sequence[str], seeds: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
     """What the cells of these variants and seeds select tokens in.
 
     Returns:
-        {variant: [{"blocks": their numbers from 0, "speedup": predicted for inference}]}, one for each seed if the
-        variant draws, else one.
+        {variant: [{"blocks": their numbers from 0, "keep_rate", "speedup": predicted for inference}]}, one for each
+        seed if the variant draws, else one.
     """
     scores, base = start.scores("fisher", {}), start.base()
     found: dict[str, list[dict[str, Any]]] = {}
     for name in variants:
         variant = VARIANTS[name]
-        drawn = [variant.seeded(seed) for seed in (seeds if variant.draws else seeds[:1])]
+        drawn = [settled(start, variant, seed) for seed in (seeds if variant.draws else seeds[:1])]
         selections = [select(scores, TRPTSConfig(**options), base) for options in drawn]
-        found[name] = [{"blocks": list(each.token_layers), "speedup": each.speedup} for each in selections]
+        found[name] = [
+            {"blocks": list(each.token_layers), "keep_rate": each.keep_rate, "speedup": each.speedup}
+            for each in selections
+        ]
     return found
 
 

@@ -119,14 +119,16 @@ def marked_table(results: Results) -> str:
 
 
 def placement_table(results: Results) -> str:
-    """Per placement: the blocks it picks on each task, seed by seed, and the mean speed-up that is predicted."""
+    """Per placement: the blocks it picks on each task, seed by seed; its keep rates; the mean predicted speed-up."""
     rows = []
     for name in PLACEMENTS if results.placements else ():
         by_task = [task[name] for task in results.placements.values()]
         blocks = ["; ".join(" ".join(map(str, one["blocks"])) for one in found) for found in by_task]
-        speedup = statistics.mean(one["speedup"] for found in by_task for one in found)
-        rows.append([name, *blocks, f"{speedup:.3f}"])
-    return markdown_table(["variant", *results.placements, "predicted speed-up"], rows)
+        rates = sorted({one["keep_rate"] for found in by_task for one in found})
+        speedup = statistics.mean(statistics.mean(one["speedup"] for one in found) for found in by_task)
+        shown = f"{rates[0]}" if len(rates) == 1 else f"{rates[0]} to {rates[-1]}"
+        rows.append([name, *blocks, shown, f"{speedup:.3f}"])
+    return markdown_table(["variant", *results.placements, "keep rate", "predicted speed-up"], rows)
 
 
 def _spread(values: Sequence[float]) -> str:

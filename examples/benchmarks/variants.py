@@ -32,6 +32,7 @@ class Variant:
         rate_of: the variant whose learning rate it trains at; empty: its own.
         rate_times: a factor on that learning rate.
         draws: whether the method draws by an option `seed`, which is then that of the cell.
+        macs_of: the variant whose multiply-accumulates the keep rate is chosen to match; empty: it is in `options`.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Variant:
     rate_of: str = ""
     rate_times: float = 1.0
     draws: bool = False
+    macs_of: str = ""
 
     def seeded(self, seed: int) -> dict[str, Any]:
         """The options for a cell of this seed."""
@@ -84,6 +86,13 @@ def _methods() -> dict[str, Variant]:
 METHODS = _methods()
 
 
+def _saving(placement: str, reference: str) -> Variant:
+    """Tokens dropped elsewhere, at the keep rate that saves as much as another variant does on the task."""
+    variant = _options(f"{placement}-equal", token_placement=placement)
+    options = {name: value for name, value in variant.options.items() if name != "keep_rate"}
+    return replace(variant, options=options, macs_of=reference)
+
+
 def _scoring(name: str, **scoring: Any) -> Variant:
     return _trpts(name, options=SETTINGS, scoring=scoring)
 
@@ -118,6 +127,8 @@ ABLATIONS = {
         _options("dense-0.8", token_placement="dense", keep_rate=0.8),
         _options("random-0.95", token_placement="random"),
         _options("random-0.8", token_placement="random", keep_rate=0.8),
+        _saving("dense", "sparse-0.8"),
+        _saving("random", "sparse-0.8"),
         _options("late-0.8", token_layers=[9, 10, 11], keep_rate=0.8),  # the last three of 12 blocks, whatever the task
     ],
     "score": [_scores("fisher"), METHODS["gps"], _scores("magnitude"), _scores("random")],

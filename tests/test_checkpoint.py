@@ -587,7 +587,7 @@ def test_a_head_is_loaded_in_the_dtype_of_the_models(saved: Path, tmp_path: Path
 
 
 @pytest.mark.filterwarnings("ignore:Some weights")
-def test_a_head_of_another_size_may_be_left_out(saved: Path, logits: Tensor) -> None:
+def test_a_head_of_another_size_may_be_left_out(saved: Path) -> None:
     """As PEFT does with `ignore_mismatched_sizes`; the sparse part is checked all the same."""
     with pytest.raises(ValueError, match=r"ignore_mismatched_sizes=True\)"):
         PeftModel.from_pretrained(build_vit(num_labels=5), saved)

@@ -279,7 +279,9 @@ def test_labels_in_a_batch_are_a_tensor():
 
 
 def test_one_name_of_labels_will_do():
-    assert labels_of([{"pixel_values": torch.zeros(2), "labels": 1, "label_ids": None}]) == [[1]]
+    rows = [{"pixel_values": torch.zeros(2), "labels": 1, "label_ids": None}]
+    assert labels_of(rows) == [[1]]
+    assert labels_of(DataLoader(rows, collate_fn=lambda rows: {**rows[0], "labels": torch.tensor([1])})) == [[1]]
 
 
 def test_pixels_that_are_no_tensors_are_named():

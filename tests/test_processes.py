@@ -9,16 +9,17 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from conftest import LabelledImages, build_vit
@@ -34,14 +35,16 @@ DDP_SCRIPT = """
 import sys
 import torch
 from accelerate import Accelerator
-from test_processes import COUNTS, SPARING, calibrated, trained, trained_tensors
+from test_processes import COUNTS, SPARING, calibrated, scored, trained, trained_tensors
 
 results = {count: calibrated(count) for count in COUNTS}  # before there is any Accelerator
+drawn = scored()
 accelerator = Accelerator()
 assert accelerator.num_processes == 2
 folder, rank = sys.argv[1], accelerator.process_index
 for count, result in results.items():
     torch.save(result, f"{folder}/{rank}-{count}.pt")
+torch.save(drawn, f"{folder}/{rank}-drawn.pt")
 for name, options in {"default": {}, "sparing": SPARING}.items():
     trainer = trained(f"{folder}/{name}-{rank}", processes=2, **options)  # a folder each: who writes shows
     torch.save(trained_tensors(trainer.model), f"{folder}/{name}-{rank}.pt")
@@ -102,6 +105,22 @@ def calibrated(count: int) -> dict[str, Any]:
         "installed": {n: t for n, t in model.state_dict().items() if "trpts_columns" in n},
         "seen": seen,
     }
+
+
+class Drawing:
+    """A sampler of one's own that hands out other samples in each process."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(int(os.environ.get("RANK", "0")), 13, 2))
+
+    def __len__(self) -> int:
+        return 7
+
+
+def scored() -> dict[str, Tensor]:
+    """The Fisher information of samples that such a sampler hands out."""
+    images = DataLoader(LabelledImages(13), sampler=cast(Any, Drawing()))
+    return dict(estimate_fisher(build_vit(), images, batch_size=4, progress=False))
 
 
 def trained(
@@ -227,6 +246,13 @@ def test_two_processes_decide_what_one_decides(ddp: Path, count: int, rank: int)
 def test_two_processes_share_the_samples(ddp: Path, count: int, seen: tuple[int, int]) -> None:
     for rank in (0, 1):  # once for the head's features, once for the scores
         assert torch.load(ddp / f"{rank}-{count}.pt")["seen"] == 2 * seen[rank]
+
+
+def test_a_sampler_that_draws_is_asked_in_the_first_process(ddp: Path) -> None:
+    alone = scored()
+    for rank in (0, 1):
+        drawn = torch.load(ddp / f"{rank}-drawn.pt")
+        assert drawn.keys() == alone.keys() and all(torch.equal(drawn[name], alone[name]) for name in alone)
 
 
 @pytest.mark.parametrize(("flag", "gpus", "cpu"), [("true", 1, True), ("false", 0, True), ("false", 1, False)])

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, NoReturn
 
 import torch
@@ -104,6 +105,13 @@ def check_bare(model: nn.Module) -> None:
         )
 
 
+_LABELS = ("labels", "label", "label_ids")  # what transformers' collate function takes for labels
+
+
+def _labels_in(batch: Mapping[str, Any]) -> Any:
+    return next((batch[key] for key in _LABELS if batch.get(key) is not None), None)
+
+
 @dataclass(frozen=True)
 class _Inputs:
     """What a model takes of a sample or a batch."""
@@ -113,7 +121,7 @@ class _Inputs:
 
     def check(self, batch: Mapping[str, Any]) -> None:
         missing = self.main if self.main not in batch else None
-        if missing is None and not {"labels", "label", "label_ids"} & set(batch):
+        if missing is None and not set(_LABELS) & set(batch):
             missing = "labels"
         if missing:
             raise ValueError(
@@ -126,10 +134,9 @@ class _Inputs:
         if not isinstance(sample, Mapping):
             self.refuse(sample)
         self.check(sample)
-        labels = [sample[key] for key in ("labels", "label", "label_ids") if sample.get(key) is not None]
-        if not labels or isinstance(labels[0], str):  # which the collate function passes over
-            self.refuse_labels(*labels or [None])
-        return {key: sample[key] for key in sample if key in self.accepted or key in ("label", "label_ids")}
+        if isinstance(labels := _labels_in(sample), (str, NoneType)):  # which the collate function passes over
+            self.refuse_labels(labels)
+        return {key: sample[key] for key in sample if key in self.accepted or key in _LABELS}
 
     def refuse(self, got: object) -> NoReturn:
         raise ValueError(
@@ -145,9 +152,8 @@ class _Inputs:
 
     def check_collated(self, batch: Mapping[str, Any]) -> None:
         self.check(batch)
-        for key in ("labels", "label", "label_ids"):
-            if key in batch and not isinstance(batch[key], Tensor):
-                self.refuse_labels(batch[key])
+        if not isinstance(labels := _labels_in(batch), Tensor):
+            self.refuse_labels(labels)
         if not isinstance(batch[self.main], Tensor):
             raise ValueError(
                 f"`data` must yield `{self.main}` as tensors, got {type(batch[self.main]).__name__}: pass the data set "
@@ -262,7 +268,7 @@ class Batches:
             if not isinstance(batch, Mapping):
                 self.inputs.refuse(batch)
             self.inputs.check_collated(batch)
-            named = {("labels" if k in ("label", "label_ids") else k): v for k, v in batch.items()}
+            named = {k: v for k, v in batch.items() if k not in _LABELS} | {"labels": _labels_in(batch)}
             yield {
                 key: value.to(self.device) if isinstance(value, Tensor) else value
                 for key, value in named.items()

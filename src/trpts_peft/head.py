@@ -76,8 +76,8 @@ def find_head(model: nn.Module, adapter_name: str) -> Head:
     """
     own, idle = _copies(model, adapter_name)
     named = [(n, m) for n, m in model.named_modules() if n.rpartition(".")[2] in _NAMES and m not in idle]
-    named.sort(key=lambda item: -item[0].count("."))
-    for name, module in reversed(named):
+    named.reverse()
+    for name, module in sorted(named, key=lambda item: item[0].count(".")):
         if isinstance(module, ModulesToSaveWrapper) and isinstance(module.original_module, nn.Linear):
             trains = adapter_name in module.modules_to_save
             linear = module.modules_to_save[adapter_name] if trains else module.original_module

@@ -51,7 +51,7 @@ def _undo_failed_loading() -> None:
 
     @wraps(loaded)
     def load_adapter(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
-        from .checkpoint import sizes_ignored
+        from .checkpoint import sizes_ignored  # anew in each call, as in `_undone`
 
         with _undone(self), sizes_ignored(bool(kwargs.get("ignore_mismatched_sizes", False))):
             return loaded(self, *args, **kwargs)

@@ -8,9 +8,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import datasets
 import pytest
+from PIL import Image
 from transformers import ViTForImageClassification
 from typer.testing import CliRunner, Result
 
@@ -97,6 +99,26 @@ def test_a_training_that_diverges_is_one_line(home: Path, tmp_path: Path) -> Non
     assert line.startswith("trpts: `learning_rate` must let the training converge")
 
 
+@pytest.mark.parametrize("error", [RuntimeError("unexpected pos 64 vs 0"), OSError(28, "No space left on device")])
+def test_a_full_disk_is_one_line(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    monkeypatch.setattr("trpts_peft.finetuning.FinetuneRun.train", Mock(side_effect=error))
+    result = finetune(home, "--output", str(tmp_path / "a"), *OPTIONS)
+    assert result.exception is error  # there is space: it was another
+    monkeypatch.setattr("trpts_peft.cli.is_full", lambda _: True)
+    result = finetune(home, "--output", str(tmp_path / "b"), *OPTIONS)
+    assert result.exit_code == 2
+    assert result.stderr.rstrip().endswith("The same command with --resume goes on from the last checkpoint.")
+    assert "trpts: no space is left for" in result.stderr
+
+
+def test_help_is_printed_in_the_encodings_of_old_terminals() -> None:
+    environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONIOENCODING": "cp1252"}
+    command = [sys.executable, "-m", "trpts_peft", "finetune", "--help"]
+    shown = subprocess.run(command, capture_output=True, env=environment, timeout=300)
+    assert shown.returncode == 0, shown.stderr
+    assert b"--keep-rate" in shown.stdout
+
+
 @pytest.mark.parametrize("arguments", [("finetune",), ("finetune", "--method", "magic"), ("inspect",), ("nothing",)])
 def test_what_cannot_be_parsed_is_exit_code_2(home: Path, arguments: tuple[str, ...]) -> None:
     assert trpts(home, *arguments).exit_code == 2
@@ -125,12 +147,18 @@ def test_plot(home: Path) -> None:
     names = ["layer_importance.png", "overlap.png", "tokens-one.png", "tokens-two.png"]
     assert sorted(path.name for path in (home / "figures").iterdir()) == names
     assert result.stdout.split() == [word for name in names for word in ("wrote", f"figures/{name}")]
+    Image.new("I;16", (32, 32)).save(home / "deep.png")
     for arguments in (
+        ("--output", "f", "--image", "deep.png"),
         ("--output", "figures"),
         ("--output", "f", "--image", "none.png"),
         ("--output", "f", "--image", "set"),
     ):
         refused(trpts(home, "plot", "one/adapter", *arguments))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        line = trpts(home, "plot", "one/adapter", "--output", "f")
+    assert (line.exit_code, line.stderr.startswith("trpts: Figures need matplotlib")) == (2, True)
     assert not (home / "f").exists()
 
 

@@ -8,7 +8,7 @@ from itertools import chain
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.data_loader import DataLoaderDispatcher, IterableDatasetShard
+from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, IterableDatasetShard
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -298,13 +298,20 @@ def test_what_is_no_dataset_is_refused(data):
         labels_of(data)
 
 
-def test_a_batch_sampler_of_ones_own_is_refused():
-    class Sampler:
+def test_samplers_of_ones_own_are_asked_for_what_they_hand_out():
+    class Some(SequentialSampler):
         def __iter__(self):
-            return iter(BatchSampler(SequentialSampler(range(4)), 2, False))
+            return iter([4, 1])
 
-    with pytest.raises(ValueError, match=r"`data` must .* sampler.*: pass its data set"):
-        labels_of(DataLoader(samples(4), batch_sampler=Sampler()))
+    class Pairs(BatchSampler):
+        def __iter__(self):
+            return iter([[5, 2], [2, 3]])
+
+    assert labels_of(DataLoader(samples(7), sampler=Some(range(7)))) == [[1, 4]]
+    for batches in (Pairs(SequentialSampler(range(7)), 2, False), [[5, 2], [2, 3]]):
+        assert labels_of(DataLoader(samples(7), batch_sampler=batches)) == [[2, 3, 5]]
+    shard = BatchSamplerShard(Pairs(SequentialSampler(range(7)), 2, False), num_processes=2, process_index=1)
+    assert labels_of(DataLoader(samples(7), batch_sampler=shard)) == [[2, 3, 5]]
 
 
 @pytest.mark.parametrize("name", ["batch_size", "num_samples"])

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from matplotlib.figure import Figure
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import ViTForImageClassification
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from conftest import LabelledImages, build_images
 from pictures import picture, write_base
@@ -107,11 +110,35 @@ def test_a_base_that_is_gone(tmp_path: Path) -> None:
         load_adapted(tmp_path / "adapter")
 
 
+def test_a_base_with_a_part_of_its_weights_is_refused(tmp_path: Path) -> None:
+    adapter(tmp_path, **SELECTING)
+    file = tmp_path / "base" / "model.safetensors"
+    save_file({key: tensor for key, tensor in load_file(file).items() if "layernorm" not in key}, file)
+    with pytest.raises(ValueError, match=r"a base model that can be loaded, got .*lacks"):
+        load_adapted(tmp_path / "adapter")
+
+
+def test_a_merge_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter(tmp_path, token_layers=0)
+    monkeypatch.setattr(ViTImageProcessorPil, "save_pretrained", Mock(side_effect=OSError("no space left")))
+    with pytest.raises(OSError, match="no space left"):
+        merge_into_checkpoint(tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_labels_are_short_and_distinct() -> None:
     assert labels_of(["runs/a/adapter", "b", "user/c"]) == ["a", "b", "c"]
     assert labels_of(["x/a", "y/a"]) == ["x/a", "y/a"]
     with pytest.raises(ValueError, match="`adapters` must be different ones"):
         labels_of(["x/a", "x/a"])
+
+
+def test_labels_of_folders_are_those_of_what_they_lead_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "run" / "adapter")
+    assert labels_of(["."]) == ["run"]
+    with pytest.raises(ValueError, match="`adapters` must be different ones"):
+        labels_of([".", "../adapter/"])
 
 
 def test_a_config_beside_it_names_classes_and_nothing_else(tmp_path: Path) -> None:

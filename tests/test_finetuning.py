@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +15,14 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import datasets
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Trainer, TrainingArguments, ViTForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
@@ -67,6 +69,7 @@ def run(given: dict[str, Any], output: Path, **options: Any) -> tuple[FinetuneSe
         ({"num_train": 1}, "`num_train` must be at least 2, got 1"),
         ({"num_workers": -1}, "`num_workers` must be at least 0, got -1"),
         ({"seed": -1}, "`seed` must be at least 0, got -1"),
+        ({"seed": 2**32}, r"`seed` must be below 2\*\*32, got 4294967296"),
         ({"learning_rate": 0.0}, "`learning_rate` must be a finite number above 0, got 0.0"),
         ({"learning_rate": float("nan")}, "`learning_rate` must be a finite number above 0, got nan"),
         ({"keep_rate": 1.5}, r"`keep_rate` must be in \(0, 1\], got 1.5"),
@@ -241,9 +244,35 @@ def cut_weights(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:1000])
 
 
+def rename_weights(folder: Path) -> None:
+    """As they are called in the state dict of a compiled model."""
+    file = folder / "model.safetensors"
+    save_file({f"_orig_mod.{key}": tensor for key, tensor in load_file(file).items()}, file)
+
+
+def another_size(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
+
+
+def keep_no_size(folder: Path) -> None:
+    ViTImageProcessorPil(do_resize=False).save_pretrained(folder)
+
+
+def unknown_activation(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_act": "none such"}))
+
+
 @pytest.mark.parametrize(
     "damage, message",
-    [(other_processor, "`model` must take what its image processor makes"), (cut_weights, "`model` must be an image")],
+    [
+        (other_processor, "`model` must take what its image processor makes"),
+        (cut_weights, "`model` must be an image"),
+        (rename_weights, r"`model` must be an image .*lacks \d+ of its weights.*; vit\."),
+        (another_size, r"`model` must be an image .*lacks 12 of its weights.*; vit\..*mlp\.fc1"),
+        (unknown_activation, "`model` must be an image .*none such"),
+    ],
 )
 @pytest.mark.parametrize("method", ["trpts", "linear"])
 def test_a_damaged_model_leaves_nothing(
@@ -254,6 +283,30 @@ def test_a_damaged_model_leaves_nothing(
     with pytest.raises(ValueError, match=message):
         prepare(FinetuneSettings(output=tmp_path / "run", method=method, **options))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+def test_the_loss_is_that_of_classes_whatever_the_base_was_trained_for(tmp_path: Path, problem: str) -> None:
+    write_base(tmp_path / "base", problem_type=problem)
+    model = finetuning.load_classifier(str(tmp_path / "base"), NAMES)
+    labels = torch.tensor([2, 0])
+    outputs = model(torch.randn(2, 3, 32, 32), labels=labels)
+    torch.testing.assert_close(outputs.loss, torch.nn.functional.cross_entropy(outputs.logits, labels))
+
+
+def test_results_are_written_without_the_figures_that_fail(given: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("trpts_peft.report.plot_tokens", Mock(side_effect=RuntimeError("no such font")))
+    settings, results = run({**given, "epochs": 1}, tmp_path / "run")
+    assert results["figures"] == ["layer_importance.png"] == [p.name for p in (tmp_path / "run/figures").iterdir()]
+    assert finished(replace(settings, resume=True)) == results
+
+
+def test_results_that_are_not_whole_are_named(done: Any, tmp_path: Path) -> None:
+    settings = replace(done[0], output=tmp_path / "run", resume=True)
+    shutil.copytree(done[0].output, settings.output)
+    (settings.output / "results.json").write_text('{"accuracy": 50.0}')
+    with pytest.raises(ValueError, match=r"`output` must hold a whole results\.json, got one without"):
+        finished(settings)
 
 
 @pytest.mark.parametrize("reporter", ["nonsense", "comet_ml", "mlflow,nonsense"])

@@ -298,6 +298,29 @@ class Padded(nn.Module):
         return types.SimpleNamespace(logits=self.head(self.body(rows)[:-1].tanh()))
 
 
+class Siamese(nn.Module):
+    """Shows a ViT two crops of each image: first the left ones of all, then the right ones."""
+
+    main_input_name = "pixel_values"
+
+    def __init__(self, vit):
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, pixel_values):
+        logits = self.vit(torch.cat([pixel_values, pixel_values.flip(-1)])).logits
+        left, right = logits.chunk(2)
+        return types.SimpleNamespace(logits=left + 2 * right)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_around_a_supported_vit_is_looked_at(tiny_vit, labelled_images, family):
+    model, data = Siamese(tiny_vit(family)), labelled_images(3)
+    with pytest.raises(ValueError, match="must name linears that see one sample after the other"):
+        estimate(model, data, target_modules=list(TARGETS))
+    assert_scores(estimate(model, data, target_modules=list(TARGETS), batch_size=1), naive_fisher(model, data))
+
+
 class Routed(nn.Module):
     """An expert for those rows of all samples that have a positive number in front."""
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from trpts_peft.folders import check_empty, check_writable, first_line
+from trpts_peft.folders import check_empty, check_writable, first_line, is_full, printable
 
 
 def test_an_empty_folder_and_one_that_can_be_made(tmp_path: Path) -> None:
@@ -35,3 +36,15 @@ def test_what_is_no_folder_and_cannot_become_one(tmp_path: Path, name: str) -> N
 def test_errors_in_one_line() -> None:
     assert first_line(ValueError("one\ntwo")) == "one"
     assert first_line(OSError()) == "OSError"
+
+
+def test_what_a_terminal_would_obey_is_spelled_out() -> None:
+    assert printable("naïve ρ 'a'") == "naïve ρ 'a'"
+    assert printable("a\nb\x1b[2K\u202e") == r"a\nb\x1b[2K\u202e"
+
+
+@pytest.mark.parametrize("free, full", [(2**20 - 1, True), (2**20, False)])
+def test_a_disk_with_nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, full: bool) -> None:
+    monkeypatch.setattr("trpts_peft.folders.shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    assert is_full(tmp_path) is full
+    assert not is_full(tmp_path / "none")

@@ -13,9 +13,10 @@ import PIL.Image
 import pytest
 import torch
 from transformers import AutoImageProcessor
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from pictures import picture, rows_of, write_base, write_folder, write_parquet
-from trpts_peft.image_data import load_image_data, with_pixel_values
+from trpts_peft.image_data import check_shapes, load_image_data, with_pixel_values
 
 STRING = datasets.Value("string")
 CLASSES = datasets.ClassLabel(names=["red", "green", "blue"])
@@ -133,7 +134,25 @@ def test_a_class_may_be_held_out_whole(tmp_path: Path) -> None:
     assert {load(folder, seed=seed).names for seed in range(4)} == {("a", "b", "c")}
 
 
+def test_a_folder_may_be_named_from_within(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(write_folder(tmp_path / "set", splits={"train": 2, "test": 1}))
+    assert len(load(Path()).train) == 6
+
+
 # ---- what is refused ----
+
+
+@pytest.mark.parametrize("split, row", [("train", 1), ("test", 2)])
+def test_images_of_several_sizes_need_a_processor_that_resizes(tmp_path: Path, split: str, row: int) -> None:
+    folder = write_folder(tmp_path / "set", splits={"train": 1, "test": 1})
+    name = ("blue", "green", "red")[row]
+    picture(0, 0, size=(40, 36)).save(folder / split / name / "0.png")
+    data = load(folder)
+    check_shapes(data, ViTImageProcessorPil(size={"height": 32, "width": 32}))
+    check_shapes(data, ViTImageProcessorPil(do_resize=False, do_center_crop=True, crop_size={"height": 8, "width": 8}))
+    message = f"`dataset` must hold images of one size .* got 36 x 40 in row {row} of '{split}' and 32 x 32 before"
+    with pytest.raises(ValueError, match=message):
+        check_shapes(data, ViTImageProcessorPil(do_resize=False))
 
 
 def broken(folder: Path) -> Path:
@@ -160,6 +179,13 @@ def deep(folder: Path) -> Path:
 def script(folder: Path) -> Path:
     folder.mkdir()
     (folder / "set.py").write_text("raise SystemExit")
+    return folder
+
+
+def only_tested(folder: Path) -> Path:
+    write_folder(folder, splits={"train": 3, "test": 1})
+    (folder / "test" / "violet").mkdir()
+    picture(0, 0).save(folder / "test" / "violet" / "0.png")
     return folder
 
 
@@ -212,6 +238,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
         {},
         r"a class of the training split, got \['c'\] in 'test'",
     ),
+    "a class of the test images alone": (only_tested, {}, r"a class of the training split, got \['violet'\] in 'test'"),
     "too few": (lambda f: write_folder(f, splits={"train": 2, "test": 1}), {"num_train": 7}, "at most 6, .*, got 7"),
     "a broken image": (broken, {}, "readable images, got a broken one in row 4 of 'train'"),
     "a broken test image": (broken_test, {}, "readable images, got a broken one in row 1 of 'test'"),

@@ -173,7 +173,7 @@ def test_what_is_no_adapter_is_refused(saved: Any, damage: Any, message: str) ->
 
 
 COLUMNS = "base_model.model.vit.layers.1.mlp.fc1.trpts_columns"
-VALUES = COLUMNS.replace("columns", "values")
+VALUES, BIAS = COLUMNS.replace("columns", "values"), COLUMNS.replace("columns", "bias")
 HEAD = "base_model.model.classifier.weight"
 
 
@@ -183,11 +183,16 @@ HEAD = "base_model.model.classifier.weight"
         ({COLUMNS: lambda t: t[0]}, r"columns and values \(out_features, C\)"),
         ({VALUES: lambda t: t[0]}, r"columns and values \(out_features, C\)"),
         ({COLUMNS: lambda t: t.float()}, r"columns and values \(out_features, C\)"),
-        ({COLUMNS: lambda t: t.int() - 99}, r"columns and values \(out_features, C\)"),
-        ({VALUES: lambda t: t * float("nan")}, "finite values of vit.layers.1.mlp.fc1"),
+        ({COLUMNS: lambda t: t.int() - 99}, "fc1.trpts_columns` must be from 0 to"),
+        ({COLUMNS: lambda t: t.long() + 2**40}, "fc1.trpts_columns` must be from 0 to"),
+        ({COLUMNS: lambda t: t[:, :1].expand(t.shape)}, "fc1.trpts_columns` must be ascending and distinct"),
+        ({COLUMNS: lambda t: t.bool()}, "fc1.trpts_columns` must be whole numbers, got torch.bool"),
+        ({VALUES: lambda t: t * float("nan")}, "fc1.trpts_values` must be finite"),
+        ({BIAS: lambda t: t * float("nan")}, "fc1.trpts_bias` must be finite"),
+        ({COLUMNS: None}, "the linears that its config names"),
         ({COLUMNS: None, VALUES: None}, "the linears that its config names"),
         ({VALUES: None}, r"columns and values \(out_features, C\)"),
-        ({VALUES: lambda t: t.to(torch.float8_e4m3fn)}, "finite values of vit.layers.1.mlp.fc1"),
+        ({VALUES: lambda t: t.to(torch.float8_e4m3fn)}, "fc1.trpts_values` must be floating-point numbers of 16 bits"),
         ({COLUMNS: lambda t: t[:, :0], VALUES: lambda t: t[:, :0]}, "entries in each tensor, got none in vit.layers.1"),
         ({HEAD: lambda t: t.new_empty(10**9, 0)}, "entries in each tensor, got none in classifier.weight"),
     ],
@@ -201,7 +206,7 @@ def test_tensors_that_are_no_adapters_are_refused(saved: Any, changes: Any, mess
             tensors[name] = change(tensor).contiguous()
     save_file(tensors, file)
     for read in (describe_file, read_selection):
-        with pytest.raises(ValueError, match=f"`adapter` must hold .*{message}"):
+        with pytest.raises(ValueError, match=message):
             read(saved[2])
 
 
@@ -219,3 +224,20 @@ def test_bytes_per_weight_follow_the_dtype(saved: Any) -> None:
     save_file(tensors, file)
     assert describe_file(folder)["bytes"]["per_weight"] == 4.0
     assert read_config(folder).keep_rate == 0.5
+
+
+def test_values_without_columns_are_refused(saved: Any) -> None:
+    file = saved[2] / "adapter_model.safetensors"
+    save_file({**load_file(file), "x.trpts_values": torch.tensor(1.0)}, file)
+    with pytest.raises(ValueError, match=r"the columns of each linear, got none for x\.trpts_values"):
+        describe_file(saved[2])
+
+
+def test_names_from_a_file_do_not_steer_the_terminal(saved: Any) -> None:
+    model, _, folder = saved
+    model.peft_config["default"].base_model_name_or_path = "\x1b]0;title\x07base\ncalibrated    yes"
+    model.save_pretrained(folder / "steering", save_embedding_layers=False)
+    lines = table(describe_file(folder / "steering")).splitlines()
+    assert all(line.isprintable() for line in lines)
+    assert sum(line.startswith("calibrated ") for line in lines) == 1
+    assert any(r"\x1b]0;title\x07base\ncalibrated" in line for line in lines)

@@ -100,6 +100,13 @@ def test_linears_as_units_are_marked_by_their_block() -> None:
     assert [line.get_xydata()[0][0] for line in ax.lines] == [0, 1]
 
 
+def test_blocks_are_told_apart_however_deep_they_lie() -> None:
+    deep = plot_layer_importance(selection({f"towers.0.vit.layers.{index}": 0.5 for index in (0, 1)}, (1,)))
+    assert ticks(deep) == ["0", "1"] and [line.get_xydata()[0][0] for line in deep.lines] == [1]
+    stages = plot_layer_importance(selection({f"swin.layers.{stage}.blocks.0": 0.5 for stage in (0, 1)}))
+    assert ticks(stages) == ["0.blocks.0", "1.blocks.0"]
+
+
 def test_a_dollar_sign_in_a_name_is_no_formula() -> None:
     ax = plot_layer_importance(selection({r"$\frac{$": 1.0}))
     draw(ax.figure)
@@ -225,6 +232,19 @@ def test_a_processor_shows_images_in_their_own_colors() -> None:
     np.testing.assert_allclose(shown(again.axes[4]), shown(figure.axes[4]), atol=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
+def test_a_processor_gets_colors(mode: str) -> None:
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    image = Image.fromarray(np.random.default_rng(0).integers(60, 200, (32, 32), dtype=np.uint8)).convert(mode)
+    one, other = (plot_tokens(selecting_vit(), [each], processor=processor) for each in (image, image.convert("RGB")))
+    np.testing.assert_array_equal(shown(one.axes[1]), shown(other.axes[1]))
+
+
+def test_an_image_of_as_many_patches_but_another_size() -> None:
+    figure = plot_tokens(selecting_vit(), build_images(1, image_size=34))
+    assert figure.axes[0].get_xlabel() == "64 patches"
+
+
 def test_another_image_size_and_gray_images() -> None:
     model = get_peft_model(build_vit(num_channels=1, patch_size=8), TRPTSConfig(keep_rate=0.5, token_layers=[0]))
     pixels = build_images(1)[:, :1, :23, :30]  # two by three patches, and a rest that no patch covers
@@ -334,6 +354,15 @@ def test_the_heat_map_shows_every_pair() -> None:
     assert [text.get_text() for text in ax.texts] == [f"{share:.2f}" for row in expected for share in row]
     assert ticks(ax) == [label.get_text() for label in ax.get_yticklabels()] == list(sides)
     draw(ax.figure)
+
+
+@pytest.mark.parametrize("label", [r"$\frac{$", "a$b$"])
+def test_a_dollar_sign_in_a_label_is_no_formula(label: str) -> None:
+    sources = {label: selection({}, **random_columns(0, "a", 2)), "b": selection({}, **random_columns(1, "a", 2))}
+    draw(plot_overlap(sources).figure)
+    ax = plot_layer_importance({name: selection(blocks(0.5, 0.5)) for name in sources})
+    draw(ax.figure)
+    assert legend(ax) == list(sources)
 
 
 def test_adapters_of_a_model_are_compared() -> None:

@@ -17,11 +17,21 @@ SOURCE = Path(trpts_peft.__file__).parent
 MODULES = sorted(SOURCE.glob("*.py"))
 FLOORS = (
     {
-        *{"card", "change_of_class", "families", "folders", "functional", "image_data", "metrics"},
+        *{"card", "change_of_class", "families", "folders", "functional", "image_data", "masks", "metrics"},
         *{"peft_type", "sparse_linear", "tuner_layer"},
     },
     {"run_folder", "config", "layer", "vit", "fisher", "data", "probe", "head", "cost"},
-    {"selection", "measurement", "record", "checkpoint", "weighted", "withdrawal", "callbacks", "methods"},
+    {
+        "selection",
+        "measurement",
+        "record",
+        "checkpoint",
+        "weighted",
+        "withdrawal",
+        "callbacks",
+        "methods",
+        "pretrained",
+    },
     {"model", "plots", "inspection"},
     {"registration", "calibration", "deployment", "report"},
     {"__init__", "finetuning"},

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from conftest import FAMILIES, PREFIX, build_images, build_vit, naive_attend, naive_transform
 from trpts_peft import TRPTSConfig, apply_token_selection, record_tokens
@@ -153,3 +153,16 @@ def test_checkpointing_is_refused() -> None:
     model.train()
     with pytest.raises(ValueError, match="gradient checkpointing"), record_tokens(model):
         model(build_images())
+
+
+def test_each_vit_of_a_model_is_traced_by_itself() -> None:
+    one, other = reduced(rates={0: 0.5}), reduced(rates={1: 0.4})
+    both = nn.ModuleDict({"one": one, "other": other})
+    with record_tokens(both) as record:
+        for tower in both.values():
+            tower(build_images())
+    for model, block, place in ((one, 0, 0), (other, 1, 5)):
+        with record_tokens(model) as alone:
+            model(build_images())
+        assert torch.equal(record[place].kept[1], alone[block].kept[1])
+        assert record[place].merged[1].keys() == alone[block].merged[1].keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,8 @@ def write_checkpoint(folder: Path, step: int) -> Path:
     checkpoint = folder / f"checkpoint-{step}"
     checkpoint.mkdir()
     write_json(checkpoint / "trainer_state.json", {"global_step": step})
-    for name in ("optimizer.pt", "scheduler.pt"):
-        torch.save({"state": torch.zeros(9)}, checkpoint / name)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state_0.pth"):
+        torch.save({"state": torch.full((9,), 3.0)}, checkpoint / name)
     save_file({"a": torch.zeros(9)}, checkpoint / "adapter_model.safetensors")
     return checkpoint
 
@@ -62,6 +63,16 @@ def test_the_last_checkpoint_is_the_last_whole_one(tmp_path: Path, name: str, da
         broken.unlink()
     else:
         broken.write_bytes(b"" if damage == "empty" else broken.read_bytes()[:-5])
+    assert last_checkpoint(tmp_path) == whole
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK", None])
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state_0.pth"])
+def test_a_damaged_archive_is_noticed(tmp_path: Path, name: str, damage: bytes | None) -> None:
+    whole, broken = write_checkpoint(tmp_path, 10), write_checkpoint(tmp_path, 11) / name
+    content = broken.read_bytes()
+    at = content.index(struct.pack("9f", *[3.0] * 9))  # entries of a tensor
+    broken.write_bytes(content[:at] + b"\1" + content[at + 1 :] if damage is None else damage)
     assert last_checkpoint(tmp_path) == whole
 
 

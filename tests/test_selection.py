@@ -90,6 +90,16 @@ def test_units():
     assert unit_of("vit.pooler.dense", "block") == "vit.pooler.dense"
 
 
+def test_units_are_blocks_however_deep_the_model_lies(vit):
+    scores = scores_of(vit)
+    nested = nn.ModuleDict({"towers": nn.ModuleList([vit])})
+    deep = FisherScores({f"towers.0.{name}": score for name, score in scores.items()}, 10)
+    flat, selection = select(scores, TRPTSConfig(), vit), select(deep, TRPTSConfig(), nested)
+    assert selection.importance == {f"towers.0.{unit}": w for unit, w in flat.importance.items()}
+    assert selection.connections == {f"towers.0.{name}": count for name, count in flat.connections.items()}
+    assert selection.token_layers == flat.token_layers
+
+
 def test_a_linear_outside_any_block_is_its_own_unit(vit):
     scores = FisherScores({**scores_of(vit), "classifier": torch.rand(3, 32)}, 10)
     selection = select(scores, TRPTSConfig(), vit)

@@ -337,6 +337,20 @@ def test_masks_without_padding_pass(attention: str) -> None:
         torch.testing.assert_close(states, model.vit(build_images()).last_hidden_state)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_padding_masks_are_refused_by_a_compiled_model(attention: str) -> None:
+    torch._dynamo.reset()
+    model = reduced(rates={0: 0.6}, num_hidden_layers=2)
+    model.set_attn_implementation(attention)
+    compiled = torch.compile(model.vit, backend="eager", fullgraph=True)
+    mask = torch.ones(2, 65, dtype=torch.long)
+    with torch.no_grad():
+        states = compiled(build_images(), attention_mask=mask).last_hidden_state
+        torch.testing.assert_close(states, model.vit(build_images()).last_hidden_state, rtol=1e-4, atol=1e-5)
+        with pytest.raises(RuntimeError, match=r"`attention_mask`.*set_token_selection"):
+            compiled(build_images(), attention_mask=mask.index_fill(1, torch.tensor([64]), 0))
+
+
 @pytest.mark.parametrize(
     ("attention", "mask"), [("sdpa", torch.ones(2, 1, 65, 65).bool()), ("eager", torch.zeros(2, 1, 65, 65))]
 )

@@ -12,13 +12,13 @@ from typing import Any
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 
-from .families import block_index
+from .families import block_index, block_of, unit_order
 
 __all__ = ["describe_adapter", "drop_local_base", "update_card"]
 
 _BEGIN, _END = "<!-- TR-PTS: written whenever the adapter{} is saved -->", "<!-- TR-PTS: end -->"
 _TAGS = ("sparse", "token-reduction", "trpts")
-_COLUMNS = ".trpts_columns"
+_COLUMNS, _PREFIX = ".trpts_columns", "base_model.model."  # of the keys in a file
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -85,7 +85,8 @@ def describe_adapter(
         subfolder: where the adapter lies below the folder of the card.
         names: whether a `config.json` beside the adapter has the names of the classes.
     """
-    columns = {key.removesuffix(_COLUMNS): shape for key, shape in shapes.items() if key.endswith(_COLUMNS)}
+    linears = {key.removeprefix(_PREFIX): shape for key, shape in shapes.items()}
+    columns = {name.removesuffix(_COLUMNS): shape for name, shape in linears.items() if name.endswith(_COLUMNS)}
     trained = sum(neurons * count for neurons, count in columns.values())
     text = f"A sparse update of {trained:,} weights in {len(columns)} linear layers of the base model, by TR-PTS."
     if config.connections is None:
@@ -126,26 +127,28 @@ def _snippet(config: Any, shapes: Shapes, base_model_class: str | None, subfolde
 
 def _table(config: Any, columns: Mapping[str, tuple[int, ...]]) -> list[str]:
     """One row a block, linears outside of any together in the last."""
-    blocks: dict[int | None, list[tuple[int, ...]]] = defaultdict(list)
+    blocks: dict[str | None, list[tuple[int, ...]]] = defaultdict(list)
     for name, shape in columns.items():
-        blocks[block_index(name)].append(shape)
+        blocks[block_of(name)].append(shape)
+    numbers = {block: None if block is None else block_index(block) for block in blocks}
+    told_apart = len(set(numbers.values())) == len(numbers)  # by their numbers
     names = ("block", "importance", "inputs per neuron", "trainable weights", "image tokens kept")
     lines = [f"| {' | '.join(names)} |", f"|{' ---: |' * len(names)}"]
-    shares = _block_shares(config.unit_importance or {})
-    for block in sorted(blocks, key=lambda index: (index is None, index)):
+    shares = _block_shares(config.unit_importance or {}, set(blocks))
+    for block in sorted(blocks, key=lambda name: unit_order(name or "")):
         counts = sorted({count for _, count in blocks[block]})
         weights = sum(neurons * count for neurons, count in blocks[block])
-        kept = f"{100 * config.keep_rate:g} %" if block in config.fixed_token_layers else "all"
+        kept = f"{100 * config.keep_rate:g} %" if numbers[block] in config.fixed_token_layers else "all"
         between = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
         share = f"{100 * shares[block]:.1f} %" if block in shares else "-"
-        cells = ["none" if block is None else f"{block}", share, between]
+        cells = ["none" if block is None else f"{numbers[block]}" if told_apart else block, share, between]
         lines.append(f"| {' | '.join([*cells, f'{weights:,}', kept])} |")
     return lines
 
 
-def _block_shares(importance: Mapping[str, float]) -> dict[int | None, float]:
+def _block_shares(importance: Mapping[str, float], blocks: set[str | None]) -> dict[str | None, float]:
     """The importance of units (eq. 3) added up by block."""
-    shares: dict[int | None, float] = defaultdict(float)
+    shares: dict[str | None, float] = defaultdict(float)
     for unit, share in importance.items():
-        shares[block_index(unit)] += share
+        shares[unit if unit in blocks else block_of(unit)] += share
     return shares

@@ -18,7 +18,9 @@ from .vit import AdapterTokenSelection, in_millionths
 __all__ = [
     "FLOATS",
     "check_adapter",
+    "check_columns",
     "check_file",
+    "check_values",
     "pack_columns",
     "saved_module_tensors",
     "sizes_ignored",
@@ -69,19 +71,20 @@ def _refuse(name: str, rule: str, got: object, remedy: str) -> None:
     raise ValueError(f"The adapter's `{name}` must be {rule}, got {got}: {remedy}.")
 
 
-def _check_columns(name: str, columns: Tensor, layer: TRPTSLinear) -> None:
+def check_columns(name: str, columns: Tensor, in_features: int) -> None:
+    """Refuse what are no columns (out_features, C) of a linear with so many inputs."""
     broken = "the file is damaged or was made for another model"
     if columns.dtype not in (torch.uint16, torch.int32, torch.int64):
         _refuse(name, "whole numbers", columns.dtype, broken)
     columns = unpack_columns(columns)
     low, high = int(columns.min()), int(columns.max())
-    if low < 0 or high >= layer.in_features:
-        _refuse(name, f"from 0 to {layer.in_features - 1}", f"{low} to {high}", broken)
+    if low < 0 or high >= in_features:
+        _refuse(name, f"from 0 to {in_features - 1}", f"{low} to {high}", broken)
     if not bool((columns.diff(dim=1) > 0).all()):
         _refuse(name, "ascending and distinct in each row", "other columns", broken)
 
 
-def _check_values(name: str, values: Tensor, dtype: torch.dtype) -> None:
+def check_values(name: str, values: Tensor, dtype: torch.dtype) -> None:
     """Refuse what is not finite once it has the dtype that the model keeps it in."""
     if values.dtype not in FLOATS:
         _refuse(name, "floating-point numbers of 16 bits or more", values.dtype, "the file is damaged")
@@ -110,10 +113,10 @@ def _check_linear(name: str, layer: TRPTSLinear, tensors: Mapping[str, Tensor], 
             _refuse(key, "in the file", "a file without it", _REMEDY)
         if tensors[part].shape != own.shape:
             _refuse(key, f"of shape {tuple(own.shape)}", tuple(tensors[part].shape), _REMEDY)
-    _check_columns(f"{name}.trpts_columns", tensors["trpts_columns"], layer)
+    check_columns(f"{name}.trpts_columns", tensors["trpts_columns"], layer.in_features)
     for part in ("trpts_values", "trpts_bias"):
         if part in tensors:
-            _check_values(f"{name}.{part}", tensors[part], expected[part].dtype)
+            check_values(f"{name}.{part}", tensors[part], expected[part].dtype)
 
 
 _PARTS = ("trpts_columns", "trpts_values", "trpts_bias", "trpts_fingerprint")
@@ -249,7 +252,7 @@ def _check_saved_modules(
             remedy = f"load a base model with this head, as with `num_labels`, or the adapter by {loading}"
             _refuse(key, f"of shape {tuple(own.shape)}", tuple(state_dict[key].shape), remedy)
         if isinstance(own, nn.Parameter) and own.is_floating_point():  # a buffer may well hold an infinite mask
-            _check_values(key, state_dict[key], own.dtype)
+            check_values(key, state_dict[key], own.dtype)
         elif state_dict[key].dtype != own.dtype:
             _refuse(key, f"of {own.dtype}", state_dict[key].dtype, "the file is damaged")
 

@@ -16,16 +16,18 @@ from typing import Annotated, Any, Literal, get_type_hints
 import transformers
 import typer
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 
 from .deployment import draw_adapters, labels_of, merge_into_checkpoint
 from .finetuning import FinetuneSettings, finished, prepare
-from .folders import check_empty
+from .folders import check_empty, is_full, printable
 from .inspection import describe_file, find_adapter, table
 from .report import result_folder, summary, upload
 
 __all__ = ["app", "main"]
 
 _REFUSED, _INTERRUPTED = 2, 130
+_GO_ON = "The same command with --resume goes on from the last checkpoint."
 _RANK = int(os.environ.get("RANK", "0"))  # among the processes of a launcher
 
 app = typer.Typer(
@@ -48,14 +50,14 @@ def _one_line() -> Iterator[None]:
     """What was refused is one line and exit code 2, with nothing written."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError, SafetensorError) as error:
         _say(f"trpts: {' '.join(str(error).split())}")
         raise typer.Exit(_REFUSED) from error
 
 
 def _say(line: str) -> None:
     if _RANK == 0:
-        typer.echo(line, err=True)
+        typer.echo(printable(line), err=True)
 
 
 def _options_of(settings: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -95,8 +97,13 @@ def _finetune(**options: Any) -> None:
     except FloatingPointError as error:
         _say(f"trpts: {error}")
         raise typer.Exit(_REFUSED) from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not is_full(settings.output):
+            raise
+        _say(f"trpts: no space is left for {str(settings.output)!r}. {_GO_ON}")
+        raise typer.Exit(_REFUSED) from error
     except KeyboardInterrupt:
-        _say("trpts: interrupted. The same command with --resume goes on from the last checkpoint.")
+        _say(f"trpts: interrupted. {_GO_ON}")
         raise typer.Exit(_INTERRUPTED) from None
     if _RANK == 0:
         typer.echo(summary(results, settings.output))
@@ -155,7 +162,10 @@ def _plot(
 
 def _opened(path: Path) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode[0] in "IF":
+            raise OSError(f"it has more than 8 bits a channel, mode {image.mode!r}")
+        return image.convert("RGB")
     except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"`image` must be a readable image, got {str(path)!r}: {error}") from error
 

@@ -108,7 +108,7 @@ class TRPTSConfig(PeftConfig):
     )
     train_bias: bool = field(default=True, metadata={"help": "Whether the targeted linears train their biases too."})
     keep_rate: float = field(
-        default=0.95, metadata={"help": "ρ of eq. 9: share of the image tokens that a token layer keeps. 1: all."}
+        default=0.95, metadata={"help": "Share of the image tokens (eq. 9) that a token layer keeps. 1: all."}
     )
     token_layers: int | list[int] = field(
         default=3,

@@ -7,17 +7,31 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from types import NoneType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.data_loader import DataLoaderDispatcher, IterableDatasetShard
+from accelerate.data_loader import (
+    BatchSamplerShard,
+    DataLoaderDispatcher,
+    IterableDatasetShard,
+    SeedableRandomSampler,
+    SkipBatchSampler,
+)
 from accelerate.utils import broadcast, broadcast_object_list, is_compiled_module, parse_flag_from_env, reduce
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    WeightedRandomSampler,
+)
 from tqdm.auto import tqdm
 from transformers import default_data_collator
 
@@ -290,16 +304,19 @@ def _hint_at_accelerator(device: torch.device) -> None:
 
 def _indices(loader: DataLoader[Any], world: int) -> Iterable[int]:
     """Which samples of its data set a DataLoader stands for, order apart."""
-    sampler = getattr(loader.batch_sampler, "sampler", None)
-    base = getattr(loader.batch_sampler, "batch_sampler", None)  # accelerate's shards wrap the user's batch sampler
-    sampler = getattr(base, "sampler", sampler)
-    if sampler is None:
-        raise ValueError("`data` must have a plain sampler, got a DataLoader with a batch sampler: pass its data set.")
-    if isinstance(sampler, (SequentialSampler, RandomSampler)):
-        return range(len(sampler.data_source))
-    if isinstance(sampler, WeightedRandomSampler):
-        return sampler.weights.nonzero().flatten().tolist()
-    if hasattr(sampler, "num_replicas"):  # the share of a process: all of them work on all of it
+    batches: Any = loader.batch_sampler
+    while type(batches) in (BatchSamplerShard, SkipBatchSampler):  # accelerate's, around the user's own
+        batches = batches.batch_sampler
+    sampler: Any = batches.sampler if type(batches) is BatchSampler else None
+    if hasattr(
+        batches if sampler is None else sampler, "num_replicas"
+    ):  # the share of a process: all of them work on all of it
         return range(len(loader.dataset))  # type: ignore[arg-type]
-    found = [sorted(set(sampler))]
+    order = getattr(type(sampler), "__iter__", None)  # a subclass may hand out others
+    if order in (SequentialSampler.__iter__, RandomSampler.__iter__, SeedableRandomSampler.__iter__):
+        return range(len(sampler.data_source))
+    if order is WeightedRandomSampler.__iter__:
+        return cast(list[int], sampler.weights.nonzero().flatten().tolist())
+    handed_out = chain.from_iterable(batches) if sampler is None else sampler
+    found = [sorted(set(handed_out))]
     return found[0] if world == 1 else broadcast_object_list(found)[0]  # a sampler of one's own may draw

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from peft import PeftModel
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoImageProcessor
 
 from .folders import check_empty, first_line
 from .inspection import base_config, read_config, read_selection, read_tensors
 from .plots import plot_layer_importance, plot_overlap, plot_tokens
+from .pretrained import load_whole
 
 __all__ = ["draw_adapters", "labels_of", "load_adapted", "merge_into_checkpoint"]
 
@@ -30,9 +32,7 @@ def load_adapted(folder: Path) -> tuple[PeftModel, Any]:
         own = base_config(folder, config)
         if heads and own.num_labels != len(heads[0]):
             own.num_labels = len(heads[0])
-        base = AutoModelForImageClassification.from_pretrained(
-            source, config=own, ignore_mismatched_sizes=True, trust_remote_code=False
-        )
+        base = load_whole(source, config=own, trust_remote_code=False)
         processor = AutoImageProcessor.from_pretrained(
             folder if (folder / "preprocessor_config.json").is_file() else source, trust_remote_code=False
         )
@@ -74,8 +74,12 @@ def merge_into_checkpoint(folder: Path, output: Path, token_selection: Literal["
         )
     model, processor = load_adapted(folder)
     merged = cast(Any, model).merge_and_unload(keep_token_selection=token_selection != "drop")
-    merged.save_pretrained(output)
-    processor.save_pretrained(output)
+    try:
+        merged.save_pretrained(output)
+        processor.save_pretrained(output)
+    except BaseException:  # a half of a checkpoint would be taken for a whole one
+        shutil.rmtree(output, ignore_errors=True)
+        raise
     return selects and token_selection == "keep"
 
 
@@ -84,10 +88,11 @@ def merge_into_checkpoint(folder: Path, output: Path, token_selection: Literal["
 
 def labels_of(adapters: Sequence[str]) -> list[str]:
     """A short name for each adapter: its folder's, the parent's where that is `adapter`, all of it where these meet."""
-    if len(set(adapters)) < len(adapters):
-        raise ValueError(f"`adapters` must be different ones, got {list(adapters)}.")
     paths = [Path(adapter) for adapter in adapters]
-    names = [path.resolve().parent.name if path.name == "adapter" else path.name for path in paths]
+    paths = [path.resolve() if path.is_dir() else path for path in paths]
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"`adapters` must be different ones, got {list(adapters)}.")
+    names = [path.parent.name if path.name == "adapter" else path.name for path in paths]
     return names if len(set(names)) == len(names) else list(adapters)
 
 

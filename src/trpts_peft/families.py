@@ -14,7 +14,17 @@ from transformers.models.dinov2_with_registers import modeling_dinov2_with_regis
 from transformers.models.vit import modeling_vit
 from transformers.models.vit_msn import modeling_vit_msn
 
-__all__ = ["FAMILIES", "Family", "block_index", "find_blocks", "find_family", "num_prefix_tokens"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "block_index",
+    "block_of",
+    "find_blocks",
+    "find_family",
+    "is_of_family",
+    "num_prefix_tokens",
+    "unit_order",
+]
 
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
 _GATED_LINEARS = (*_LINEARS, "gate_proj", "up_proj", "down_proj")  # of the MLP of the largest DINOv2
@@ -115,10 +125,27 @@ FAMILIES = (
 )
 
 
+def block_of(linear: str) -> str | None:
+    """The block that a linear lies in, by its name: all up to the last number with more behind it; None outside."""
+    found = re.match(r"(.*\.\d+)\.", linear)
+    return found.group(1) if found else None
+
+
 def block_index(name: str) -> int | None:
-    """The first number in the name of a linear or a unit: the index of its block; None outside any block."""
-    found = re.search(r"\.(\d+)(?:\.|$)", name)
+    """The last number in the name of a block or of a linear in it, as PEFT counts layers; None outside any block."""
+    found = re.match(r".*\.(\d+)(?:\.|$)", name)
     return int(found.group(1)) if found else None
+
+
+def unit_order(unit: str) -> tuple[bool, list[tuple[int, str]]]:
+    """Sort key of units: those in a block first, numbers by value."""
+    parts = [(int(part), "") if part.isdecimal() else (-1, part) for part in unit.split(".")]
+    return block_index(unit) is None, parts
+
+
+def is_of_family(model: nn.Module) -> bool:
+    """Whether `model` is itself of a supported family; one of another class may hold a ViT and feed it differently."""
+    return any(type(model).__module__ == family.layer_class.__module__ for family in FAMILIES)
 
 
 def find_family(model: nn.Module) -> Family | None:

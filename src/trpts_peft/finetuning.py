@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
     AutoImageProcessor,
-    AutoModelForImageClassification,
     Trainer,
     TrainingArguments,
     default_data_collator,
@@ -33,11 +32,12 @@ from .callbacks import TRPTSCallback
 from .config import TRPTSConfig
 from .data import process_state
 from .folders import first_line
-from .image_data import ImageData, load_image_data, with_pixel_values
+from .image_data import ImageData, check_shapes, load_image_data, with_pixel_values
 from .methods import METHODS
 from .metrics import accuracy_of
-from .report import check_upload, result_folder, start_card, write_report
-from .run_folder import SETTINGS, check_data, check_output, last_checkpoint, read_json, step_of, write_json
+from .pretrained import load_whole
+from .report import check_upload, read_results, result_folder, start_card, write_report
+from .run_folder import SETTINGS, check_data, check_output, last_checkpoint, step_of, write_json
 from .vit import forget_token_selection
 
 __all__ = [
@@ -98,6 +98,8 @@ class FinetuneSettings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+        if self.seed >= 2**32:  # the bound of NumPy's
+            raise ValueError(f"`seed` must be below 2**32, got {self.seed}.")
         if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"`learning_rate` must be a finite number above 0, got {self.learning_rate}.")
         if self.method != "trpts":
@@ -286,7 +288,7 @@ def finished(settings: FinetuneSettings) -> dict[str, Any] | None:
     """
     _check_targets(settings)
     path = settings.output / "results.json"
-    return read_json(path) if path.is_file() and result_folder(settings.output).is_dir() else None
+    return read_results(path) if path.is_file() and result_folder(settings.output).is_dir() else None
 
 
 def _adapted(run: FinetuneRun, base: nn.Module) -> nn.Module:
@@ -343,6 +345,7 @@ def _check_fit(base: nn.Module, data: ImageData, processor: Any) -> None:
         raise ValueError(
             f"`model` must take what its image processor makes of the images, got {first_line(error)}"
         ) from error
+    check_shapes(data, processor)
 
 
 def check_finite(model: nn.Module, loss: float, learning_rate: float) -> None:
@@ -376,20 +379,20 @@ def load_classifier(model: str, names: Sequence[str]) -> nn.Module:
     """A pretrained model with a head for the classes `names`: a new one, unless its own has as many.
 
     Raises:
-        ValueError: there is no such model, or it is no image classifier.
+        ValueError: there is no such model, it is no image classifier, or its file holds but a part of it.
     """
     label2id = {name: index for index, name in enumerate(names)}
     options = {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": label2id}
     with _model_errors(model):
-        classifier = AutoModelForImageClassification.from_pretrained(model, **options, ignore_mismatched_sizes=True)
-        return cast(nn.Module, classifier)
+        # A base that was trained on another kind of task would go on computing the loss of that.
+        return load_whole(model, **options, problem_type="single_label_classification")
 
 
 @contextmanager
 def _model_errors(model: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
+    except Exception as error:  # files of somebody else's, and packages that they may need
         raise ValueError(
             f"`model` must be an image classifier, by its id on the Hub or its folder, got {model!r}: "
             f"{first_line(error)}"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
-__all__ = ["check_empty", "check_writable", "first_line"]
+__all__ = ["check_empty", "check_writable", "first_line", "is_full", "printable"]
 
 
 def check_empty(output: Path) -> None:
@@ -24,6 +25,16 @@ def check_writable(output: Path) -> None:
         )
 
 
+def is_full(folder: Path) -> bool:
+    """Whether less than a mebibyte is left where the folder lies: what is written there ends in whatever error."""
+    return folder.is_dir() and shutil.disk_usage(folder).free < 2**20
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its kind where it has none."""
     return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def printable(line: str) -> str:
+    """A line as a terminal may show it: names from files can hold line breaks, and codes that move its cursor."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)

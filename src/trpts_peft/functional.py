@@ -111,7 +111,8 @@ def top_counts(scores: Mapping[str, Tensor], units: Mapping[str, str], top_perce
     Returns:
         {unit: entries in the set}, in the order of `scores`; of equal scores the earlier entry is in the set.
     """
-    values = {name: s.contiguous().view(_BITS[s.dtype]) for name, s in scores.items()}
+    signless = {name: s.abs() if bool(s.signbit().any()) else s for name, s in scores.items()}  # -0.0 has odd bits
+    values = {name: s.contiguous().view(_BITS[s.dtype]) for name, s in signless.items()}
     size = sum(v.numel() for v in values.values())
     size_of_top = max(1, math.floor(Fraction(top_percent) * size / 100 + Fraction(1, 2)))
     threshold = _top_threshold(list(values.values()), size_of_top)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-__all__ = ["Head", "find_head"]
+__all__ = ["Head", "find_head", "head_names"]
 
 _NAMES = ("classifier", "score", "head", "fc")
 
@@ -93,6 +93,11 @@ def find_head(model: nn.Module, adapter_name: str) -> Head:
         f"`probe_head` must be False for a model without a linear head named {', '.join(_NAMES)}, got True for "
         f"{type(model).__name__}."
     )
+
+
+def head_names(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of the parameters of whatever bears the name of a head, however deep."""
+    return tuple(f"{name}." for name, _ in model.named_modules() if name.rpartition(".")[2] in _NAMES)
 
 
 def _copies(model: nn.Module, adapter_name: str) -> tuple[set[nn.Module], set[nn.Module]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from tqdm.auto import tqdm
 
 from .folders import first_line
 
-__all__ = ["ImageData", "load_image_data", "with_pixel_values"]
+__all__ = ["ImageData", "check_shapes", "load_image_data", "with_pixel_values"]
 
 _HELD_OUT = ("test", "validation", "valid", "val", "dev")
 _SHARE_HELD_OUT = 0.2
@@ -77,6 +78,9 @@ def load_image_data(
             f"{origin!r}: name the same columns everywhere."
         )
     train, test = (_uniform(rows, images, labels, names, split) for rows, split in ((train, "train"), (test, origin)))
+    if origin in _HELD_OUT:  # a class of few images may be held out with all of them
+        unseen = set(test["labels"]) - set(train["labels"])  # a folder's classes are those of all its splits
+        _check_known({names[label] for label in unseen}, origin)
     if num_train is not None:
         train = _drawn(train, num_train, seed)
     if len(set(train["labels"])) < 2:
@@ -100,10 +104,30 @@ def _processed(processor: Any, batch: Mapping[str, Sequence[Any]]) -> dict[str, 
     return {"pixel_values": list(pixels), "labels": torch.tensor(batch["labels"])}
 
 
+def check_shapes(data: ImageData, processor: Any) -> None:
+    """Raise a ValueError, naming the row, where the processor gives an image another size than the first one has."""
+    size = getattr(processor, "size", None) or {}
+    resizes = getattr(processor, "do_resize", False) and "height" in size and "width" in size
+    if resizes or getattr(processor, "do_center_crop", False):
+        return  # which pads what is too small
+    first: tuple[int, ...] | None = None
+    for rows, split in ((data.train, "train"), (data.test, data.test_split)):
+        processed = with_pixel_values(rows, processor)
+        for index in range(len(rows)):
+            shape = tuple(processed[index]["pixel_values"].shape)
+            first = first or shape
+            if shape != first:
+                raise ValueError(
+                    f"`dataset` must hold images of one size for an image processor that does not give them one, got "
+                    f"{shape[1]} x {shape[2]} in row {index} of {split!r} and {first[1]} x {first[2]} before."
+                )
+
+
 def _load(dataset: str) -> DatasetDict:
     try:
-        splits = load_dataset(dataset)
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        # An absolute path: what looks like the name of a module or of a cache is looked for there first.
+        splits = load_dataset(str(Path(dataset).resolve()) if dataset and Path(dataset).is_dir() else dataset)
+    except (OSError, ValueError, RuntimeError, IndexError, DatasetsError) as error:
         raise ValueError(
             f"`dataset` must be an id on the Hub, or a folder of images or parquet files, got {dataset!r}: "
             f"{first_line(error)}"
@@ -182,15 +206,19 @@ def _uniform(rows: Dataset, images: str, labels: str, names: Sequence[str], spli
     values = list(rows[labels])
     named = [_name_of(value, own) for value in values]
     unknown = {str(value) if name is None else name for value, name in zip(values, named, strict=True)} - set(indices)
+    _check_known(unknown, split)
+    pictures = rows.select_columns([images])
+    if images != "image":
+        pictures = pictures.rename_column(images, "image")
+    return pictures.add_column("labels", [indices[name] for name in named if name is not None])
+
+
+def _check_known(unknown: set[str], split: str) -> None:
     if unknown:
         raise ValueError(
             f"`dataset` must label each image with a class of the training split, got {sorted(unknown)[:4]} in "
             f"{split!r}: drop those rows, or train on their class."
         )
-    pictures = rows.select_columns([images])
-    if images != "image":
-        pictures = pictures.rename_column(images, "image")
-    return pictures.add_column("labels", [indices[name] for name in named if name is not None])
 
 
 def _name_of(value: Any, own: Sequence[str] | None) -> str | None:

@@ -17,12 +17,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from .checkpoint import FLOATS, unpack_columns
+from .checkpoint import check_columns, check_values, unpack_columns
 from .config import TRPTSConfig
 from .cost import geometry_of, image_size_of, macs
-from .families import block_index, find_family
-from .folders import first_line
-from .selection import Selection, unit_of, unit_order
+from .families import block_index, find_family, unit_order
+from .folders import first_line, printable
+from .selection import Selection, unit_of
 
 __all__ = [
     "FILE",
@@ -41,6 +41,7 @@ _FILES = [FILE, _CONFIG, "config.json", "preprocessor_config.json"]
 _PREFIX = "base_model.model."
 _WORDS = {"weights": "weights", "biases": "biases", "modules_to_save": "parameters of the head"}
 _WIDTH = 12  # of the digest of the base, in hexadecimal digits
+_WIDEST = 2**31  # columns that a file can hold; how many inputs its linears have, the base model knows
 
 
 def find_adapter(adapter: str) -> Path:
@@ -105,16 +106,22 @@ def _check_tensors(tensors: Mapping[str, Tensor], config: TRPTSConfig) -> None:
         raise ValueError(
             f"`adapter` must name units of its linears in `unit_importance`, got {len(surplus)} other: it is damaged."
         )
+    stray = {key for key in tensors if key.endswith((".trpts_values", ".trpts_bias", ".trpts_fingerprint"))}
+    stray -= {f"{name}.trpts_{part}" for name in columns for part in ("values", "bias", "fingerprint")}
+    if stray:
+        raise ValueError(f"`adapter` must hold the columns of each linear, got none for {min(stray)}: it is damaged.")
     for name, indices in columns.items():
         values = tensors.get(f"{name}.trpts_values")
         whole = indices.dim() == 2 and not indices.is_floating_point() and values is not None
-        if not whole or values is None or values.shape != indices.shape or int(indices.long().min()) < 0:
+        if not whole or values is None or values.shape != indices.shape:
             raise ValueError(
                 f"`adapter` must hold columns and values (out_features, C) of {name}, got {tuple(indices.shape)} of "
                 f"{indices.dtype} and {None if values is None else tuple(values.shape)}: it is damaged."
             )
-        if values.dtype not in FLOATS or not bool(values.isfinite().all()):
-            raise ValueError(f"`adapter` must hold finite values of {name}, got others: its training diverged.")
+        check_columns(f"{name}.trpts_columns", indices, _WIDEST)
+        for key in (f"{name}.trpts_values", f"{name}.trpts_bias"):
+            if key in tensors:
+                check_values(key, tensors[key], tensors[key].dtype)
 
 
 def read_selection(folder: Path) -> Selection:
@@ -273,7 +280,7 @@ def table(description: Mapping[str, Any]) -> str:
         rows.append((block["unit"], share, between, f"{block['weights']:,}", f"{block['biases']:,}", kept))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-    return "\n".join([*lines, "", *_facts(description)])
+    return "\n".join(map(printable, [*lines, "", *_facts(description)]))
 
 
 def _facts(description: Mapping[str, Any]) -> list[str]:

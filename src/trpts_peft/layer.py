@@ -73,7 +73,7 @@ def _refill(parameter: nn.Parameter, entries: Tensor) -> None:
 
     An output that is still held keeps autograd's notion of the shape alive, which only another dtype dispels.
     """
-    other = torch.float32 if parameter.dtype == torch.float64 else torch.float64
+    other = torch.bfloat16 if parameter.dtype == torch.float32 else torch.float32  # Apple's GPUs have no float64
     parameter.data = entries.new_empty(0, dtype=other)
     parameter.data, parameter.grad = entries, None
 

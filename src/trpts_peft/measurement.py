@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .config import TRPTSConfig
 from .data import Batches, check_bare, check_whole, processes, sum_of_processes
-from .families import find_family
+from .families import find_family, is_of_family
 from .fisher import FisherCollector, FisherScores, LossFn, per_sample_cross_entropy
 from .head import Head
 from .layer import TRPTSLinear
@@ -148,7 +148,8 @@ def measure(
     adapter_name: str | None = None,
 ) -> FisherScores:
     """Run over this process's batches, then add up what all processes have collected."""
-    collector = FisherCollector(linears, score, workspace_mb, known_layout=find_family(base) is not None)
+    # A model that merely holds a supported ViT may feed it two images a sample, or crops of one, in its own order.
+    collector = FisherCollector(linears, score, workspace_mb, known_layout=is_of_family(base))
     with base_weights(base, adapter_name), collector.collecting(base):
         for k, batch in enumerate(batches.iterate("Fisher", progress)):
             targets = batch.pop("labels")
@@ -215,7 +216,7 @@ def estimate_fisher(
         batch_size: samples per forward pass.
         loss_fn: `loss_fn(outputs, labels)`, labels as `data` has them: a loss per sample, (B,); None: cross-entropy.
         labels: `"dataset"`, or `"model"` to draw them from the prediction (the true Fisher information).
-        workspace_mb: bound in MiB on the per-sample gradients held at a time (at least one sample's of one linear).
+        workspace_mb: bound in MiB on the per-sample gradients held at a time (at least one neuron's of one sample).
         accelerator: whose processes share the work; None: those of the present launch.
         progress: show a progress bar.
 

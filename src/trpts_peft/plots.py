@@ -9,13 +9,14 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from .cost import patch_grid, patch_size_of
-from .families import block_index
+from .cost import image_size_of, patch_grid, patch_size_of
+from .families import block_index, unit_order
 from .layer import TRPTSLinear
 from .record import TokenRecord, record_tokens
-from .selection import Selection, unit_order
+from .selection import Selection
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,14 +100,18 @@ def _legend(ax: Axes, marked: bool) -> None:
     if marked:
         handles, labels = [*handles, Line2D([], [], color="white", **_TRIANGLE)], [*labels, "selects tokens"]
     if handles:
-        ax.legend(handles, labels, frameon=False)
+        legend = ax.legend(handles, labels, frameon=False)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
 
 
 def _unit_labels(units: Sequence[str]) -> list[str]:
     """What tells units apart: the rest of the name behind what those in a block have in common."""
-    stems = {unit[: found.end(1)] for unit in units if (found := re.match(r"(.*?\.)\d", unit))}
-    stem = stems.pop() if len(stems) == 1 else ""
-    return [unit.removeprefix(stem) for unit in units]
+    for stem in (r".*\.(?=\d+(?:\.|$))", r".*?\.(?=\d)"):  # up to the number of the block, or of what holds blocks
+        found = {match.group() for unit in units if (match := re.match(stem, unit))}
+        if len(found) == 1:
+            return [unit.removeprefix(*found) for unit in units]
+    return list(units)
 
 
 # ---- figure 6 ----
@@ -180,6 +185,8 @@ def _processed(images: Sequence[Any], processor: Any, max_images: int) -> Tensor
     several = list(images)[:max_images] if isinstance(images, Sequence) else [images]
     if not several:
         raise ValueError("`images` must hold at least one image, got none. Pass PIL images or pixel values.")
+    if len(getattr(processor, "image_mean", None) or ()) == 3:  # colors, which not every picture has, or alone
+        several = [image.convert("RGB") if isinstance(image, Image.Image) else image for image in several]
     pixels: Tensor = processor(several, return_tensors="pt")["pixel_values"]
     return pixels
 
@@ -187,7 +194,7 @@ def _processed(images: Sequence[Any], processor: Any, max_images: int) -> Tensor
 def _watch(model: nn.Module, pixels: Tensor) -> TokenRecord:
     """Run the model on (B, C, H, W) and record its token selection; empty if it is switched off."""
     parameter = next(model.parameters())
-    interpolate = patch_grid(model) != patch_grid(model, (pixels.shape[2], pixels.shape[3]))
+    interpolate = image_size_of(model) != (pixels.shape[2], pixels.shape[3])
     extra = {"interpolate_pos_encoding": True} if interpolate else {}
     with record_tokens(model) as record, _eval_mode(model), torch.no_grad():
         model(pixel_values=pixels.to(parameter.device, parameter.dtype), **extra)
@@ -291,8 +298,8 @@ def plot_overlap(sources: Mapping[str, Selection] | nn.Module, *, ax: Axes | Non
     shares = [[overlap(columns[one], columns[other]) for other in labels] for one in labels]
     ax = _axes(ax, (2.4 + 0.6 * size, 1.8 + 0.6 * size))
     heat = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    ax.set_xticks(range(size), labels, rotation=45, ha="right", rotation_mode="anchor")
-    ax.set_yticks(range(size), labels)
+    ax.set_xticks(range(size), labels, rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
+    ax.set_yticks(range(size), labels, parse_math=False)
     for row in range(size):
         for column in range(size):
             color = "white" if shares[row][column] > 0.55 else "black"

@@ -97,7 +97,8 @@ def record_tokens(model: nn.Module) -> Iterator[TokenRecord]:
         record._start_pass()
 
     handles = [selection.register_forward_hook(watch(block)) for block, selection in selections.items()]  # type: ignore[arg-type]
-    handles.append(find_blocks(model)[0][1].register_forward_pre_hook(start_pass))
+    firsts = {name.rpartition(".")[0]: block for name, block in reversed(find_blocks(model))}  # one for each ViT
+    handles.extend(block.register_forward_pre_hook(start_pass) for block in firsts.values())
     try:
         yield record
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +27,7 @@ from .folders import first_line
 from .image_data import ImageData, with_pixel_values
 from .inspection import read_selection
 from .plots import plot_layer_importance, plot_tokens
-from .run_folder import write_json
+from .run_folder import read_json, write_json
 from .selection import Selection
 from .vit import keep_rates_in_force, set_token_selection
 
@@ -35,12 +36,15 @@ __all__ = [
     "draw_figures",
     "license_of",
     "measured_speedup",
+    "read_results",
     "result_folder",
     "start_card",
     "summary",
     "upload",
     "write_report",
 ]
+
+logger = logging.getLogger(__name__)
 
 _PACKAGES = ("trpts-peft", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
 _ROUNDS, _TIMED_IMAGES = 9, 8
@@ -96,6 +100,16 @@ def _about_selection(selection: Selection) -> dict[str, Any]:
 def result_folder(output: Path) -> Path:
     """Where a run saved what it trained: `adapter`, or `model` for methods that change the model itself."""
     return next((output / name for name in ("adapter", "model") if (output / name).is_dir()), output / "adapter")
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """What `write_report` wrote; a ValueError where it is not whole."""
+    results = read_json(path)
+    try:
+        summary(results, path.parent)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"`output` must hold a whole {path.name}, got one without {error}: delete it.") from error
+    return results
 
 
 def summary(results: Mapping[str, Any], output: Path) -> str:
@@ -184,10 +198,21 @@ def draw_figures(folder: Path, model: nn.Module, processor: Any, data: ImageData
     if keep_rates_in_force(model):
         images = [image.convert("RGB") for image in data.test[:4]["image"]]
         figures["tokens.png"] = lambda: plot_tokens(model, images, processor=processor)
-    for name, draw in figures.items():
-        draw().savefig(folder / name, dpi=120)
-    (adapter / "layer_importance.png").write_bytes((folder / "layer_importance.png").read_bytes())
-    return list(figures)
+    drawn = [name for name, draw in figures.items() if _is_saved(draw, folder / name)]
+    if "layer_importance.png" in drawn:
+        (adapter / "layer_importance.png").write_bytes((folder / "layer_importance.png").read_bytes())
+    return drawn
+
+
+def _is_saved(draw: Callable[[], Any], path: Path) -> bool:
+    """Draw a figure and save it; without one the results of the training are results all the same."""
+    try:
+        draw().savefig(path, dpi=120)
+    except Exception as error:  # of a library with settings, styles and fonts of its own
+        logger.error("%s could not be drawn: %s", path.name, first_line(error))
+        path.unlink(missing_ok=True)
+        return False
+    return True
 
 
 # ---- the model card ----

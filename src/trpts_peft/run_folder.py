@@ -27,14 +27,14 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     os.replace(draft, path)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote; a ValueError where it is not whole."""
+def read_json(path: Path, *, remedy: str = "delete it") -> dict[str, Any]:
+    """What `write_json` wrote; a ValueError, which ends in the remedy, where it is not whole."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"`output` must hold a whole {path.name}, got {first_line(error)}: delete it.") from error
+        raise ValueError(f"`output` must hold a whole {path.name}, got {first_line(error)}: {remedy}.") from error
     if not isinstance(content, dict) or not content:
-        raise ValueError(f"`output` must hold a whole {path.name}, got {content!r}: delete it.")
+        raise ValueError(f"`output` must hold a whole {path.name}, got {content!r}: {remedy}.")
     return content
 
 
@@ -50,7 +50,7 @@ def check_output(output: Path, settings: Mapping[str, Any]) -> None:
         )
     if not (output / SETTINGS).is_file():
         raise ValueError(f"`output` must hold a run to resume, got {str(output)!r} without {SETTINGS}.")
-    before, now = read_json(output / SETTINGS), json.loads(json.dumps(settings))
+    before, now = _settings_in(output), json.loads(json.dumps(settings))
     same = [name for name in ("model", "dataset") if _is_same_place(before.get(name), now[name])]
     changed = [name for name in now if name not in (*_FREE, *same) and now[name] != before.get(name)]
     if changed:
@@ -60,13 +60,17 @@ def check_output(output: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
+def _settings_in(output: Path) -> dict[str, Any]:
+    return read_json(output / SETTINGS, remedy="start anew in another folder")
+
+
 def _is_same_place(one: Any, other: str) -> bool:
     return isinstance(one, str) and Path(one).is_dir() and Path(one).resolve() == Path(other).resolve()
 
 
 def check_data(output: Path, data: Mapping[str, Any]) -> None:
     """Raise a ValueError where the run in `output` was of other data: other classes, in name or order, or counts."""
-    before = read_json(output / SETTINGS).get("data") if (output / SETTINGS).is_file() else None
+    before = _settings_in(output).get("data") if (output / SETTINGS).is_file() else None
     if before not in (None, data):
         raise ValueError(f"`dataset` must be as in the run to resume, {before}, got {data}: restore it, or start anew.")
 
@@ -94,5 +98,14 @@ def _is_whole(checkpoint: Path) -> bool:
                 pass  # to open it compares what its header says with its length
     except (OSError, ValueError, SafetensorError):
         return False
-    archives = [checkpoint / name for name in ("optimizer.pt", "scheduler.pt")]
-    return bool(weights) and state.get("global_step") == step_of(checkpoint) and all(map(zipfile.is_zipfile, archives))
+    archives = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")]
+    return bool(weights) and state.get("global_step") == step_of(checkpoint) and all(map(_is_sound, archives))
+
+
+def _is_sound(archive: Path) -> bool:
+    """Whether a file of torch's is there, whole, and has the checksums that stand in it."""
+    try:
+        with zipfile.ZipFile(archive) as parts:
+            return parts.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -14,14 +13,12 @@ from torch import Tensor, nn
 
 from .config import TRPTSConfig
 from .cost import geometry_of, predicted_speedup
-from .families import block_index, find_blocks, find_family
+from .families import block_of, find_blocks, find_family
 from .fisher import FisherScores
 from .functional import allocate_connections, top_connections, top_counts
 from .vit import check_token_layers
 
-__all__ = ["Selection", "check_feasible", "select", "unit_of", "unit_order"]
-
-_BLOCK = re.compile(r"^(.*?\.\d+)\.")
+__all__ = ["Selection", "check_feasible", "select", "unit_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,15 +75,8 @@ class Selection:
 
 
 def unit_of(linear: str, allocation_unit: str) -> str:
-    """The unit of a linear: its block, by the first number in its name; itself for `"module"` or outside any block."""
-    match = _BLOCK.match(linear) if allocation_unit == "block" else None
-    return match.group(1) if match else linear
-
-
-def unit_order(unit: str) -> tuple[bool, list[tuple[int, str]]]:
-    """Sort key of units: those in a block first, numbers by value."""
-    parts = [(int(part), "") if part.isdecimal() else (-1, part) for part in unit.split(".")]
-    return block_index(unit) is None, parts
+    """The unit of a linear: the block that it lies in; itself for `"module"` or outside any block."""
+    return (block_of(linear) if allocation_unit == "block" else None) or linear
 
 
 def select(scores: FisherScores, config: TRPTSConfig, model: nn.Module) -> Selection:
@@ -248,7 +238,7 @@ def _choose_token_layers(
 def _blocks_of(linears: Iterable[str], model: nn.Module) -> dict[str, str]:
     """{linear: block of the model} of those that lie in one."""
     blocks = {name for name, _ in find_blocks(model)}
-    return {linear: block for linear in linears if (block := unit_of(linear, "block")) in blocks}
+    return {linear: block for linear in linears if (block := block_of(linear)) in blocks}
 
 
 def _rank_blocks(
@@ -260,11 +250,11 @@ def _rank_blocks(
 ) -> list[int]:
     """Blocks with a targeted linear: fewest trainable connections first, then least w, least Fisher, latest block."""
     index_of = {name: index for index, (name, _) in enumerate(find_blocks(model))}
-    block_of = _blocks_of(scores, model)
-    counts = top_counts(scores, {linear: block_of.get(linear, "") for linear in scores}, config.top_percent)
+    home = _blocks_of(scores, model)
+    counts = top_counts(scores, {linear: home.get(linear, "") for linear in scores}, config.top_percent)
     keys: dict[int, tuple[int, int, float, int]] = {}
     for name, index in index_of.items():
-        linears = [linear for linear, block in block_of.items() if block == name]
+        linears = [linear for linear, block in home.items() if block == name]
         if linears:
             trainable = _trainable({linear: connections[linear] for linear in linears}, shapes)
             fisher = sum(float(scores[linear].sum(dtype=torch.float64)) for linear in linears)

@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .change_of_class import become, has_own_forward
 from .families import FAMILIES, Family, find_blocks, find_family, num_prefix_tokens
 from .functional import cls_attention, select_and_merge
+from .masks import fit_mask, refuse_padding
 from .tuner_layer import TRPTSLayer
 
 __all__ = [
@@ -200,12 +201,12 @@ class _SelectingLayer(nn.Module):
     family: Family
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        mask = _fit_mask(attention_mask, hidden_states.shape[1])
+        mask = fit_mask(attention_mask, hidden_states.shape[1])
         selection = getattr(self, _CHILD, None)
         if selection is None or selection.keep_rate is None:
             stock: Tensor = super().forward(hidden_states, mask, **kwargs)
             return stock
-        _refuse_padding(mask)
+        refuse_padding(mask)
         sink = _Sink()
         attended = self.family.attend(self, hidden_states, mask, importance_sink=sink, **kwargs)
         refined, _ = selection(attended, sink.importance[:, selection.num_prefix_tokens :])
@@ -241,29 +242,6 @@ class _SelectingAttention(nn.Module):
             self, query, key, value, attention_mask, dropout=dropout, scaling=module.scaling, **kwargs
         )
         return module.o_proj(attended.flatten(2)), weights
-
-
-def _fit_mask(mask: Tensor | None, num_tokens: int) -> Tensor | None:
-    """Cut a mask that was made for all tokens to those that are left: it is all true, else it was refused."""
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor):
-        raise ValueError(
-            f"Token selection needs a tensor as attention mask, got {type(mask).__name__}: load the model with "
-            '`attn_implementation="sdpa"`, or call `set_token_selection(model, False)`.'
-        )
-    return mask[..., :num_tokens, :num_tokens] if mask.dim() == 4 else mask[..., :num_tokens]
-
-
-def _refuse_padding(mask: Tensor | None) -> None:
-    if mask is None or torch.compiler.is_compiling():  # there, transformers makes an all-true mask of its own
-        return
-    everything = mask.all() if mask.dtype == torch.bool else (mask == (0 if mask.dim() == 4 else 1)).all()
-    if not everything:
-        raise ValueError(
-            "`attention_mask` must not mask tokens where token selection is on, got a mask with padding: drop it, or "
-            "call `set_token_selection(model, False)`."
-        )
 
 
 def _subclass(mixin: type[nn.Module], stock: type[nn.Module], family: Family) -> type[nn.Module]:

@@ -76,7 +76,8 @@ assert any(bool(v.any()) for name, v in values.items() if "trpts_values" in name
 
 @pytest.mark.parametrize("kind", ["with float64", "without float64"])
 def test_on_an_accelerator_all_is_as_on_the_cpu(kind: str) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent)])}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     command = [sys.executable, "-X", "faulthandler", "-c", SCRIPT, kind]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -123,6 +123,13 @@ def naive_top_counts(scores, units, size):
     return {unit: chosen.count(unit) for unit in units.values()}
 
 
+def test_a_zero_with_a_sign_is_a_zero():
+    scores = {"a": torch.tensor([[-0.0, 0.0], [2.0, -0.0]]), "b": torch.tensor([[1.0, -0.0]])}
+    units = {"a": "a", "b": "b"}
+    for percent, counts in ((100, {"a": 4, "b": 2}), (50, {"a": 2, "b": 1})):
+        assert TF.top_counts(scores, units, percent) == counts
+
+
 @pytest.mark.parametrize("top_percent", [0.5, 1, 10, 33.3, 50, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_top_counts_equal_a_sorted_list(top_percent, dtype):

@@ -33,6 +33,7 @@ from .measurement import (
 )
 from .probe import LinearProbe, fit_linear_probe
 from .selection import Selection, check_feasible, select
+from .stale import retire_users_of
 from .vit import check_no_fixed_selection, check_token_layers, install_keep_rates
 
 __all__ = ["calibrate"]
@@ -259,6 +260,8 @@ def _install(
         layer = base.get_submodule(name)
         assert isinstance(layer, TRPTSLinear)
         layer.replace_columns(adapter_name, columns)
+    own = [part for _, layer in adapted_linears(base, adapter_name) for part in layer.trained_parts(adapter_name)]
+    retire_users_of(own)
     if not any(layer.trpts_values[adapter_name].requires_grad for _, layer in adapted_linears(base, adapter_name)):
         logger.warning("Adapter '%s' is not trainable: activate it, or load it with `is_trainable=True`.", adapter_name)
     install_keep_rates(base, adapter_name, dict.fromkeys(selection.token_layers, config.keep_rate))

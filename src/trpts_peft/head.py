@@ -62,10 +62,11 @@ class Head:
 
     @torch.no_grad()
     def write(self, weight: Tensor, bias: Tensor) -> None:
-        """Write a fitted head into `linear`."""
+        """Write a fitted head into `linear`, whose gradients were those of another."""
         self.linear.weight.copy_(weight)
         if self.linear.bias is not None:
             self.linear.bias.copy_(bias)
+        self.linear.zero_grad()
 
 
 def find_head(model: nn.Module, adapter_name: str) -> Head:

@@ -283,10 +283,13 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
                 self.unmerge()
         super().enable_adapters(enabled)
 
+    def trained_parts(self, adapter_name: str) -> list[nn.Parameter]:
+        """The adapter's values, and its bias where it has one."""
+        return [part[adapter_name] for part in (self.trpts_values, self.trpts_bias) if adapter_name in part]
+
     def is_trained(self, adapter_name: str) -> bool:
         """Whether the adapter changes the layer, as far as a zero start tells."""
-        parts = [part[adapter_name] for part in (self.trpts_values, self.trpts_bias) if adapter_name in part]
-        return any(bool(part.detach().any()) for part in parts if not part.is_meta)
+        return any(bool(part.detach().any()) for part in self.trained_parts(adapter_name) if not part.is_meta)
 
     def is_chosen(self, adapter_name: str) -> bool:
         """Whether calibration or a file has given the adapter its columns; a config alone gives their number only."""

@@ -192,3 +192,13 @@ def test_linears_outside_of_blocks_and_of_unequal_counts():
     assert "| 0 | 25.0 % | 1 to 3 | 30 | all |" in text
     assert "| none | - | 4 | 20 | all |" in text
     assert r'AutoModelForImageClassification.from_pretrained("a\"b")' in text
+
+
+def test_blocks_of_the_same_number_go_by_their_names():
+    shapes = {f"base_model.model.m.{stage}.blocks.0.a.trpts_columns": (5, 1 + stage) for stage in (0, 1)}
+    config = TRPTSConfig(
+        connections={"m.0.blocks.0.a": 1}, unit_importance={"m.0.blocks.0": 0.25, "m.1.blocks.0": 0.75}
+    )
+    text = describe_adapter(config, shapes, None)
+    assert "| m.0.blocks.0 | 25.0 % | 1 | 5 | all |" in text
+    assert "| m.1.blocks.0 | 75.0 % | 2 | 10 | all |" in text

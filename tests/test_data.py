@@ -298,6 +298,17 @@ def test_what_is_no_dataset_is_refused(data):
         labels_of(data)
 
 
+class Repeater:
+    """Hands out the batches of another for ever, as timm's loaders do."""
+
+    def __init__(self, sampler):
+        self.sampler = sampler
+
+    def __iter__(self):
+        while True:
+            yield from self.sampler
+
+
 def test_samplers_of_ones_own_are_asked_for_what_they_hand_out():
     class Some(SequentialSampler):
         def __iter__(self):
@@ -310,6 +321,9 @@ def test_samplers_of_ones_own_are_asked_for_what_they_hand_out():
     assert labels_of(DataLoader(samples(7), sampler=Some(range(7)))) == [[1, 4]]
     for batches in (Pairs(SequentialSampler(range(7)), 2, False), [[5, 2], [2, 3]]):
         assert labels_of(DataLoader(samples(7), batch_sampler=batches)) == [[2, 3, 5]]
+    shuffled = type("Logged", (BatchSampler,), {})(RandomSampler(range(7)), 2, True)  # its luck is not asked
+    for batches in (shuffled, Repeater(BatchSampler(SequentialSampler(range(7)), 2, True))):
+        assert labels_of(DataLoader(samples(7), batch_sampler=batches)) == [[0, 1, 2], [3, 4, 5], [6]]
     shard = BatchSamplerShard(Pairs(SequentialSampler(range(7)), 2, False), num_processes=2, process_index=1)
     assert labels_of(DataLoader(samples(7), batch_sampler=shard)) == [[2, 3, 5]]
 

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Trainer, TrainingArguments, ViTForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from pictures import write_base, write_folder
+from pictures import picture, write_base, write_folder
 from trpts_peft import TRPTSCallback, finetuning
 from trpts_peft.data import process_state
 from trpts_peft.deployment import load_adapted
@@ -282,6 +282,16 @@ def test_a_damaged_model_leaves_nothing(
     damage(tmp_path / "base")
     with pytest.raises(ValueError, match=message):
         prepare(FinetuneSettings(output=tmp_path / "run", method=method, **options))
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_that_make_no_batch_are_found_out_first(given: dict[str, Any], tmp_path: Path) -> None:
+    keep_no_size(write_base(tmp_path / "base"))
+    data = write_folder(tmp_path / "set", splits={"train": 3, "test": 1})
+    picture(0, 0, size=(40, 36)).save(data / "test" / "red" / "0.png")
+    options = {**given, "model": str(tmp_path / "base"), "dataset": str(data)}
+    with pytest.raises(ValueError, match="`dataset` must hold images of one size"):
+        prepare(FinetuneSettings(output=tmp_path / "run", **options))
     assert not (tmp_path / "run").exists()
 
 

@@ -76,6 +76,15 @@ def test_a_damaged_archive_is_noticed(tmp_path: Path, name: str, damage: bytes |
     assert last_checkpoint(tmp_path) == whole
 
 
+def test_a_damaged_directory_of_an_archive_is_noticed(tmp_path: Path) -> None:
+    whole, broken = write_checkpoint(tmp_path, 10), write_checkpoint(tmp_path, 11) / "rng_state_0.pth"
+    content = broken.read_bytes()
+    for field in (6, 8, 10):  # version, flags and method of the first entry
+        at = content.index(b"PK\1\2") + field
+        broken.write_bytes(content[:at] + b"\xff" + content[at + 1 :])
+        assert last_checkpoint(tmp_path) == whole
+
+
 @pytest.mark.parametrize("state", ["[]", "1", '{"global_step": -5}', '{"global_step": 10}'])
 def test_a_checkpoint_of_another_step_is_none(tmp_path: Path, state: str) -> None:
     (write_checkpoint(tmp_path, 11) / "trainer_state.json").write_text(state)

@@ -83,6 +83,13 @@ def test_a_restored_state_is_of_what_is_there_now() -> None:
     step(model, optimizer)
 
 
+def test_gradients_of_the_old_head_are_gone() -> None:
+    model = adapter()
+    model(**DATA.batch()).loss.backward()
+    calibrated(model)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 @pytest.fixture
 def process_group() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -99,3 +106,12 @@ def test_ddp_from_before_refuses_the_next_pass() -> None:
         wrapped(**DATA.batch())
     for ddp in (elsewhere, DistributedDataParallel(model)):
         ddp(**DATA.batch()).loss.backward()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_ddp_of_another_adapter_goes_on() -> None:
+    model = adapter()
+    model.add_adapter("b", TRPTSConfig(keep_rate=0.5, modules_to_save=["classifier"]))
+    wrapped = DistributedDataParallel(model)
+    calibrated(model, adapter_name="b")
+    wrapped(**DATA.batch()).loss.backward()

@@ -305,14 +305,14 @@ def _hint_at_accelerator(device: torch.device) -> None:
 def _indices(loader: DataLoader[Any], world: int) -> Iterable[int]:
     """Which samples of its data set a DataLoader stands for, order apart."""
     batches: Any = loader.batch_sampler
-    while type(batches) in (BatchSamplerShard, SkipBatchSampler):  # accelerate's, around the user's own
-        batches = batches.batch_sampler
-    sampler: Any = batches.sampler if type(batches) is BatchSampler else None
-    if hasattr(
-        batches if sampler is None else sampler, "num_replicas"
-    ):  # the share of a process: all of them work on all of it
+    while type(batches) in (BatchSamplerShard, SkipBatchSampler) or isinstance(_sampler_of(batches), BatchSampler):
+        batches = getattr(batches, "batch_sampler", _sampler_of(batches))  # accelerate's, or a repeater, around another
+    plain = getattr(type(batches), "__iter__", None) is BatchSampler.__iter__  # a subclass may hand out others
+    sampler: Any = batches.sampler if plain else None
+    source = batches if sampler is None else sampler
+    if hasattr(source, "num_replicas"):  # the share of a process: all of them work on all of it
         return range(len(loader.dataset))  # type: ignore[arg-type]
-    order = getattr(type(sampler), "__iter__", None)  # a subclass may hand out others
+    order = getattr(type(sampler), "__iter__", None)
     if order in (SequentialSampler.__iter__, RandomSampler.__iter__, SeedableRandomSampler.__iter__):
         return range(len(sampler.data_source))
     if order is WeightedRandomSampler.__iter__:
@@ -320,3 +320,7 @@ def _indices(loader: DataLoader[Any], world: int) -> Iterable[int]:
     handed_out = chain.from_iterable(batches) if sampler is None else sampler
     found = [sorted(set(handed_out))]
     return found[0] if world == 1 else broadcast_object_list(found)[0]  # a sampler of one's own may draw
+
+
+def _sampler_of(batches: Any) -> Any:
+    return getattr(batches, "sampler", None)

@@ -11,9 +11,12 @@ from .head import head_names
 
 __all__ = ["load_whole"]
 
+# Of the backbone, what prepares its output for a head: models that were pretrained without one have none.
+_BEHIND_THE_BLOCKS = ("pooler", "layernorm", "norm")
+
 
 def load_whole(source: str, **options: Any) -> nn.Module:
-    """A classifier from a folder or the Hub; its head, and nothing else, may start anew.
+    """A classifier from a folder or the Hub; its head, with the norm before it, may start anew, and nothing else.
 
     transformers gives what a file lacks, or has in another shape, a random start.
 
@@ -29,8 +32,9 @@ def load_whole(source: str, **options: Any) -> nn.Module:
         source, **options, ignore_mismatched_sizes=True, output_loading_info=True
     )
     absent = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
-    backbone, heads = f"{model.base_model_prefix}.", head_names(model)
-    lacking = sorted(key for key in absent if key.startswith(backbone) and not key.startswith(heads))
+    prefix = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
+    anew = head_names(model) + tuple(f"{prefix}{name}." for name in _BEHIND_THE_BLOCKS)
+    lacking = sorted(key for key in absent if key.startswith(prefix) and not key.startswith(anew))
     if lacking:
         raise ValueError(
             f"its file lacks {len(lacking)} of its weights, or has them in another shape; {lacking[0]} is the first"

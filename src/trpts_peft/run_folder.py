@@ -107,5 +107,5 @@ def _is_sound(archive: Path) -> bool:
     try:
         with zipfile.ZipFile(archive) as parts:
             return parts.testzip() is None
-    except (OSError, zipfile.BadZipFile):
+    except Exception:  # of all the kinds that zipfile raises over a damaged directory
         return False

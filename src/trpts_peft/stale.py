@@ -23,14 +23,15 @@ def retire_users_of(parameters: Iterable[nn.Parameter]) -> None:
     weights, and DDP would no longer average the gradients: all of them without a word. An optimizer that has made no
     step yet goes on.
     """
-    exchanged = {id(parameter) for parameter in parameters}
+    exchanged = {id(parameter): parameter for parameter in parameters}
+    averaged = {key for key, parameter in exchanged.items() if parameter.requires_grad}
     for user in gc.get_objects():  # no parameter knows its users
         kind = type(user)
         if issubclass(kind, Optimizer) and "_optimizer_step_pre_hooks" in vars(user):  # wrappers have none of their own
             state = [(parameter, kept) for parameter, kept in user.state.items() if id(parameter) in exchanged and kept]
             if state:
                 user.register_step_pre_hook(partial(_refuse_step, state))
-        elif issubclass(kind, DistributedDataParallel) and exchanged & set(map(id, user.parameters())):
+        elif issubclass(kind, DistributedDataParallel) and averaged & set(map(id, user.parameters())):
             user.register_forward_pre_hook(_refuse_pass)
 
 

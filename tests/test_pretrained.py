@@ -1,0 +1,68 @@
+"""A base is loaded whole, but for its head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    BeitConfig,
+    BeitForMaskedImageModeling,
+    CLIPForImageClassification,
+    CLIPVisionConfig,
+    ConvNextBackbone,
+    ConvNextConfig,
+    DeiTForImageClassificationWithTeacher,
+)
+
+from conftest import FAMILIES, build_vit
+from trpts_peft.pretrained import load_whole
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL |= {"image_size": 32, "patch_size": 8}
+
+
+def renamed(folder: Path, change: Any) -> None:
+    file = folder / "model.safetensors"
+    save_file({new: t for key, t in load_file(file).items() if (new := change(key))}, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_head_for_other_classes_starts_anew(tmp_path: Path, family: str) -> None:
+    model = build_vit(family)
+    model.save_pretrained(tmp_path)
+    loaded = load_whole(str(tmp_path), num_labels=7)
+    old = model.base_model.state_dict()
+    assert all(torch.equal(tensor, old[name]) for name, tensor in loaded.base_model.state_dict().items())
+    assert loaded.classifier.out_features == 7
+
+
+def test_backbones_pretrained_without_a_head_are_whole(tmp_path: Path) -> None:
+    build_vit().vit.save_pretrained(tmp_path / "vit")
+    BeitForMaskedImageModeling(BeitConfig(**SMALL, vocab_size=9, use_mask_token=True)).save_pretrained(
+        tmp_path / "beit"
+    )
+    ConvNextBackbone(ConvNextConfig(hidden_sizes=[4] * 4, depths=[1] * 4)).save_pretrained(tmp_path / "convnext")
+    build_vit("deit").save_pretrained(tmp_path / "deit")
+    for name in ("vit", "beit", "convnext"):
+        load_whole(str(tmp_path / name), num_labels=7)
+    with_teacher = build_vit("deit", model_class=DeiTForImageClassificationWithTeacher)
+    with_teacher.save_pretrained(tmp_path / "teacher")
+    load_whole(str(tmp_path / "teacher"), num_labels=7)
+
+
+@pytest.mark.parametrize("change", [lambda key: f"_orig_mod.{key}", lambda key: ".1." not in key and key])
+@pytest.mark.parametrize("kind", ["vit", "clip"])
+def test_a_part_is_refused(tmp_path: Path, kind: str, change: Any) -> None:
+    clip = {"vision_config": CLIPVisionConfig(**SMALL).to_dict()}
+    model = (
+        build_vit() if kind == "vit" else CLIPForImageClassification(CLIPForImageClassification.config_class(**clip))
+    )
+    model.save_pretrained(tmp_path)
+    load_whole(str(tmp_path), num_labels=7)
+    renamed(tmp_path, change)
+    with pytest.raises(ValueError, match="its file lacks"):
+        load_whole(str(tmp_path), num_labels=7)

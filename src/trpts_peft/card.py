@@ -13,12 +13,13 @@ from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 
 from .families import block_index, block_of, unit_order
+from .tuner_layer import MODEL_PREFIX
 
 __all__ = ["describe_adapter", "drop_local_base", "update_card"]
 
 _BEGIN, _END = "<!-- TR-PTS: written whenever the adapter{} is saved -->", "<!-- TR-PTS: end -->"
 _TAGS = ("sparse", "token-reduction", "trpts")
-_COLUMNS, _PREFIX = ".trpts_columns", "base_model.model."  # of the keys in a file
+_COLUMNS = ".trpts_columns"
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -85,8 +86,8 @@ def describe_adapter(
         subfolder: where the adapter lies below the folder of the card.
         names: whether a `config.json` beside the adapter has the names of the classes.
     """
-    linears = {key.removeprefix(_PREFIX): shape for key, shape in shapes.items()}
-    columns = {name.removesuffix(_COLUMNS): shape for name, shape in linears.items() if name.endswith(_COLUMNS)}
+    found = {key.removeprefix(MODEL_PREFIX): shape for key, shape in shapes.items() if key.endswith(_COLUMNS)}
+    columns = {name.removesuffix(_COLUMNS): shape for name, shape in found.items()}
     trained = sum(neurons * count for neurons, count in columns.values())
     text = f"A sparse update of {trained:,} weights in {len(columns)} linear layers of the base model, by TR-PTS."
     if config.connections is None:

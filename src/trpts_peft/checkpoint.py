@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .config import TRPTSConfig
 from .layer import TRPTSLinear
+from .tuner_layer import MODEL_PREFIX
 from .vit import AdapterTokenSelection, in_millionths
 
 __all__ = [
@@ -33,7 +34,6 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what v
 _RTOL, _ATOL = 2.0**-7, 2.0**-24
 _MOST_UINT16_INPUTS = 65_536
 _ignores_sizes = ContextVar("ignore_mismatched_sizes", default=False)
-_PREFIX = "base_model.model."  # of names in a PeftModel, none where an adapter was injected directly
 _REMEDY = (
     "calibrate this model on the same data first, or load the file with "
     "`PeftModel.from_pretrained(model, path, is_trainable=True)`"
@@ -148,7 +148,7 @@ def check_file(model: nn.Module, config: TRPTSConfig, adapter_name: str, state_d
     }
     own |= set(_keep_rates(model, adapter_name)) | set(saved_module_tensors(model, adapter_name))
     own |= _embedding_keys(model)
-    _check_surplus(state_dict, {key.removeprefix(_PREFIX) for key in own}, _dropped(model, config))
+    _check_surplus(state_dict, {key.removeprefix(MODEL_PREFIX) for key in own}, _dropped(model, config))
 
 
 def check_state_dict(
@@ -173,7 +173,7 @@ def check_state_dict(
 
 
 def _check_surplus(state_dict: Mapping[str, Tensor], own: Collection[str], dropped: tuple[str, ...]) -> None:
-    names = sorted(key.removeprefix(_PREFIX) for key in state_dict)
+    names = sorted(key.removeprefix(MODEL_PREFIX) for key in state_dict)
     surplus = [name for name in names if name not in own and not name.startswith(dropped)]
     if surplus:
         of_its_kind = surplus[0].rpartition(".")[2] in _PARTS  # a file of other settings, perhaps to resume from
@@ -195,7 +195,7 @@ def _embedding_keys(model: nn.Module) -> set[str]:
 
 def _dropped(model: nn.Module, config: TRPTSConfig) -> tuple[str, ...]:
     """Where a model has lost what the config names in `modules_to_save`, such as its head, there is nothing to load."""
-    modules = {name.removeprefix(_PREFIX): module for name, module in model.named_modules()}
+    modules = {name.removeprefix(MODEL_PREFIX): module for name, module in model.named_modules()}
     lost = (
         name
         for name, module in modules.items()
@@ -207,7 +207,7 @@ def _dropped(model: nn.Module, config: TRPTSConfig) -> tuple[str, ...]:
 def _check_linears(model: nn.Module, config: TRPTSConfig, adapter_name: str) -> None:
     if config.connections is None:
         return
-    adapted = {name.removeprefix(_PREFIX) for name, _ in adapted_linears(model, adapter_name)}
+    adapted = {name.removeprefix(MODEL_PREFIX) for name, _ in adapted_linears(model, adapter_name)}
     if difference := sorted(adapted ^ set(config.connections)):
         broken = "its `adapter_config.json` is damaged or was made for another model"
         _refuse("connections", "of exactly the adapted linears", f"a difference in {difference[:4]}", broken)
@@ -229,8 +229,8 @@ def _check_token_layers(model: nn.Module, adapter_name: str, state_dict: Mapping
         if value.dim() > 0 or value.dtype not in (torch.int64, torch.int32):
             _refuse(key, "a whole number", f"{tuple(value.shape)} of {value.dtype}", "the file is damaged")
     stored, own = {key: int(value) for key, value in tensors.items()}, _keep_rates(model, adapter_name)
-    if {key.removeprefix(_PREFIX): value for key, value in stored.items()} != {
-        key.removeprefix(_PREFIX): value for key, value in own.items()
+    if {key.removeprefix(MODEL_PREFIX): value for key, value in stored.items()} != {
+        key.removeprefix(MODEL_PREFIX): value for key, value in own.items()
     }:
         _refuse("token layers", f"those of this adapter, {_read(own)}", _read(stored), _REMEDY)
 

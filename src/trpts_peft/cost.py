@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from .families import find_blocks, find_family, num_prefix_tokens
 from .functional import kept_tokens
+from .tuner_layer import MODEL_PREFIX
 from .vit import keep_rates_in_force
 
 __all__ = [
@@ -286,7 +287,7 @@ def _config_of(base: nn.Module) -> Any:
 def _in_backbone(base: nn.Module, key: str) -> bool:
     """Whether an entry of an adapter file, or of the base model's state dict, belongs to the backbone."""
     name, _ = _backbone(base)
-    return not name or key.removeprefix("base_model.model.").startswith(f"{name}.")
+    return not name or key.removeprefix(MODEL_PREFIX).startswith(f"{name}.")
 
 
 def _head_parameters(base: nn.Module) -> list[nn.Parameter]:

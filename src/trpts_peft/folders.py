@@ -1,4 +1,4 @@
-"""Where a command may write, and how an error of others is said in one line."""
+"""Where a command may write, and what it says in one line."""
 
 from __future__ import annotations
 

@@ -23,6 +23,7 @@ from .cost import geometry_of, image_size_of, macs
 from .families import block_index, find_family, unit_order
 from .folders import first_line, printable
 from .selection import Selection, unit_of
+from .tuner_layer import MODEL_PREFIX
 
 __all__ = [
     "FILE",
@@ -38,7 +39,6 @@ __all__ = [
 
 FILE, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _FILES = [FILE, _CONFIG, "config.json", "preprocessor_config.json"]
-_PREFIX = "base_model.model."
 _WORDS = {"weights": "weights", "biases": "biases", "modules_to_save": "parameters of the head"}
 _WIDTH = 12  # of the digest of the base, in hexadecimal digits
 _WIDEST = 2**31  # columns that a file can hold; how many inputs its linears have, the base model knows
@@ -86,7 +86,7 @@ def read_tensors(folder: Path, config: TRPTSConfig) -> dict[str, Tensor]:
     """
     try:
         with safe_open(folder / FILE, framework="pt") as file:
-            tensors = {key.removeprefix(_PREFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            tensors = {key.removeprefix(MODEL_PREFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"`adapter` must be a whole safetensors file, got {error} in {str(folder)!r}.") from error
     _check_tensors(tensors, config)

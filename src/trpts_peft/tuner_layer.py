@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-__all__ = ["PREFIX", "TRPTSLayer"]
+__all__ = ["MODEL_PREFIX", "PREFIX", "TRPTSLayer"]
 
 PREFIX = "trpts_"  # transformers' `delete_adapter` derives it from the name of the method
+MODEL_PREFIX = "base_model.model."  # of names in a PeftModel and in files; none where an adapter was injected directly
 
 
 class TRPTSLayer(BaseTunerLayer):

@@ -6,6 +6,7 @@ import pickle
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
@@ -140,6 +141,14 @@ def test_a_folder_may_be_named_from_within(tmp_path: Path, monkeypatch: pytest.M
 
 
 # ---- what is refused ----
+
+
+def test_images_of_one_size_are_processed_once(tmp_path: Path) -> None:
+    data = load(write_folder(tmp_path / "set", splits={"train": 2, "test": 1}))
+    options = {"do_resize": False, "do_center_crop": False, "size": {}}
+    processor = Mock(wraps=ViTImageProcessorPil(do_resize=False), **options)
+    check_shapes(data, processor)
+    assert processor.call_count == 1
 
 
 @pytest.mark.parametrize("split, row", [("train", 1), ("test", 2)])

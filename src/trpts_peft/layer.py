@@ -461,6 +461,7 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         while self.merged_adapters:
             name = self.merged_adapters[-1]
             old = self._overwritten[name].beside(weight)
+            entries.index_select(0, old.places)  # memory answers many reads at a time, writes one after the other
             entries.scatter_(0, old.places, old.entries)
             _put_back(weight, entries)
             if old.bias is not None:

@@ -51,6 +51,10 @@ def everything(device):
         loss.backward()
         assert not accelerator.waits, accelerator.waits
         optimizer.step()
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    accelerator.waits.clear()
+    half(batch["pixel_values"].to(torch.bfloat16)).logits.float().sum().backward()
+    assert not accelerator.waits, accelerator.waits
     model.eval()
     with torch.no_grad():
         logits = [model(batch["pixel_values"]).logits]

@@ -17,8 +17,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 from transformers import SwinConfig, SwinForImageClassification
 
-from conftest import FAMILIES
-from trpts_peft import FisherScores, TRPTSConfig, estimate_fisher
+from conftest import FAMILIES, build_vit
+from trpts_peft import FisherScores, TRPTSConfig, estimate_fisher, fisher
 from trpts_peft.fisher import FisherCollector, _sums_device, per_sample_cross_entropy
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
@@ -83,6 +83,53 @@ def test_the_collector_equals_a_batch_of_one_loop(tiny_vit, labelled_images):
         collector.add(per_sample_cross_entropy(model(batch["pixel_values"]), batch["labels"]))
     assert collector.num_samples == 5
     assert_scores(collector.result(lambda total: total), naive_fisher(model, data))
+
+
+class Chain(nn.Module):
+    """`depth` linears, one after the other on each token, and a gradient at some tokens only."""
+
+    def __init__(self, depth):
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(4, 4) for _ in range(depth)))
+
+    def losses(self, x, tokens):
+        return self.layers(x)[:, tokens].square().sum((1, 2))
+
+
+@pytest.mark.parametrize("tokens", [[0], [3], [0, 2], [0, 1, 2, 3, 4]])
+@pytest.mark.parametrize("samples", [[0, 1, 2], [1]])
+def test_scores_where_only_some_tokens_have_a_gradient(tokens, samples):
+    model, x = Chain(3), torch.randn(3, 5, 4)
+    collector = FisherCollector(linears := dict(model.layers.named_children()), "fisher", 256, known_layout=True)
+    chosen = torch.zeros(3).index_fill(0, torch.tensor(samples), 1)
+    with collector.collecting(model.layers):
+        collector.add(model.losses(x, tokens) * chosen)
+    scores = collector.result(lambda total: total)
+    expected = {name: torch.zeros(4, 4) for name in linears}
+    for sample in samples:
+        weights = [linear.weight for linear in linears.values()]
+        gradients = torch.autograd.grad(model.losses(x[sample : sample + 1], tokens).sum(), weights)
+        for name, gradient in zip(linears, gradients, strict=True):
+            expected[name] += gradient**2 / 3
+    assert_scores(scores, expected)
+
+
+def test_behind_the_last_attention_only_the_class_token_is_multiplied(tiny_vit, labelled_images, monkeypatch):
+    tokens, squares = [], fisher.squared_gradient_sum
+    monkeypatch.setattr(
+        fisher, "squared_gradient_sum", lambda x, g, **kw: tokens.append(x.shape[1]) or squares(x, g, **kw)
+    )
+    estimate(tiny_vit("vit"), labelled_images(4))
+    assert sorted(tokens[:6]) == [1, 1, 1, 1, 65, 65]
+    assert set(tokens[6:]) == {65}
+
+
+@pytest.mark.parametrize("blocks", [2, 4])
+def test_tokens_without_a_gradient_are_looked_for_in_the_last_block_only(labelled_images, monkeypatch, blocks):
+    asked, look = [], fisher.tokens_with_gradient
+    monkeypatch.setattr(fisher, "tokens_with_gradient", lambda grad: asked.append(1) or look(grad))
+    estimate(build_vit(num_hidden_layers=blocks), labelled_images(8))
+    assert len(asked) == 2 * 7  # batches, linears of a block and one more
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 1}, {"batch_size": 7}, {"workspace_mb": 1e-3}])

@@ -75,22 +75,8 @@ def test_squared_gradient_sum_of_inputs_that_require_a_gradient():
     torch.testing.assert_close(total, per_sample_squares(x.detach(), g), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("tokens", [[], [0], [3], [0, 2], [0, 1, 2, 3, 4]])
-def test_squared_gradient_sum_where_only_some_tokens_have_a_gradient(tokens):
-    x, g = torch.randn(3, 5, 4), torch.zeros(3, 5, 6)
-    g[:, tokens] = torch.randn(3, len(tokens), 6)
-    torch.testing.assert_close(TF.squared_gradient_sum(x, g), per_sample_squares(x, g), rtol=1e-4, atol=1e-6)
-
-
-def test_a_token_with_a_gradient_in_one_sample_counts():
-    x, g = torch.randn(3, 5, 4), torch.zeros(3, 5, 6)
-    g[0, 0], g[2, 1] = 1, 2
-    torch.testing.assert_close(TF.squared_gradient_sum(x, g), per_sample_squares(x, g), rtol=1e-4, atol=1e-6)
-
-
-def test_one_token_with_a_gradient_needs_no_gradient_of_each_sample(monkeypatch):
-    x, g = torch.randn(3, 5, 4), torch.zeros(3, 5, 6)
-    g[:, 0] = torch.randn(3, 6)
+def test_one_token_needs_no_gradient_of_each_sample(monkeypatch):
+    x, g = torch.randn(3, 1, 4), torch.randn(3, 1, 6)
     monkeypatch.setattr(torch, "bmm", None)
     torch.testing.assert_close(TF.squared_gradient_sum(x, g), per_sample_squares(x, g), rtol=1e-4, atol=1e-6)
 

@@ -93,6 +93,26 @@ def test_compose_weight_leaves_the_weight_alone():
     assert torch.equal(weight, before)
 
 
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("target", [torch.float32, torch.bfloat16, torch.float16, None])
+def test_compose_weight_of_distinct_columns_gives_the_same_bits(base, target):
+    _, weight, _, columns, values = case()
+    weight, options = weight.to(base), {"dtype": target}
+    before, expected = weight.clone(), dense_weight(weight, columns, values).to(target or base)
+    for distinct in (True, False):
+        composed = compose_weight(weight, columns, values, distinct=distinct, **options)
+        assert composed.dtype == expected.dtype
+        assert torch.equal(composed, expected)
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("target", [torch.float32, torch.bfloat16])
+def test_compose_weight_adds_equal_columns_up(target):
+    _, weight, _, columns, values = case()
+    twice = compose_weight(weight, columns.repeat(1, 2), values.repeat(1, 2), dtype=target)
+    torch.testing.assert_close(twice, dense_weight(weight, columns, 2 * values).to(target))
+
+
 def test_the_share_of_used_columns_decides_what_is_kept():
     assert [keeps_used(used, 768) for used in (1, 384, 385, 768)] == [True, True, False, False]
 
@@ -157,7 +177,7 @@ def test_an_update_of_a_bias_that_is_not_there_is_the_bias():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_prediction_gives_to_the_bit_what_the_merged_weight_gives(dtype):
     x, weight, bias, columns, values = case(dtype)
-    merged = compose_weight(weight, columns, values)
+    merged = compose_weight(weight, columns, values.detach())
     with torch.no_grad():
         for given in (x, x.transpose(0, 1), x[0]):
             assert torch.equal(sparse(given, weight, bias, columns, values), F.linear(given, merged, bias))
@@ -265,12 +285,14 @@ def saved_by(function):
     return saved
 
 
-def test_backward_keeps_only_the_used_columns_of_the_input():
-    x, weight, bias, columns, values = case()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backward_keeps_only_the_used_columns_of_the_input(dtype):
+    x, weight, bias, columns, values = case(dtype)
     used, _ = index_columns(columns)
     saved = saved_by(lambda: sparse(x, weight, bias, columns, values))
-    (kept,) = [t for t in saved if t.is_floating_point() and t.shape[0] == 10]
-    assert torch.equal(kept, torch.cat([x.detach().reshape(10, INPUTS)[:, used], torch.ones(10, 1)], dim=1))
+    (kept,) = [t for t in saved if t.is_floating_point() and t.shape[1] == 10]
+    assert torch.equal(kept.t(), torch.cat([x.detach().reshape(10, INPUTS)[:, used], torch.ones(10, 1)], dim=1))
+    assert kept.untyped_storage().nbytes() == kept.nbytes
     assert all(t.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() for t in saved)
 
 

@@ -15,9 +15,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .functional import squared_gradient_sum
+from .functional import squared_gradient_sum, tokens_with_gradient
 
 __all__ = ["FisherCollector", "FisherScores", "LossFn", "per_sample_cross_entropy"]
+
+# Tokens without a gradient lie behind the last attention. Backward begins there, and of that attention's own linears
+# two, keys and values, have gradients of all tokens: one more, and what comes has, too. A GPU has to wait to tell.
+_FULL = 3
 
 LossFn = Callable[[Any, Tensor], Tensor]
 
@@ -111,6 +115,7 @@ class FisherCollector:
         self.called: set[str] = set()
         self._seen: set[str] = set()
         self._batch_size = 0  # of the pass that runs backward
+        self._full = 0  # linears in it whose tokens all had a gradient
         self._known_layout = known_layout or score == "gradient"  # which is the same in any order
         self._receive: Callable[[str, Tensor, Tensor], None] = self._accumulate
 
@@ -127,6 +132,7 @@ class FisherCollector:
             loss[1:].sum().backward(retain_graph=True)
             self._known_layout, self._receive = True, self._accumulate
         if loss.shape[0]:
+            self._full = 0
             loss.sum().backward()
         self._seen.clear()
 
@@ -196,11 +202,21 @@ class FisherCollector:
         x, g = inputs.float(), grad.float()
         with torch.autocast(x.device.type, enabled=False):  # 16 bits cannot hold the squares of gradients
             if self.score == "fisher":
-                x, g = self._by_sample(name, x), self._by_sample(name, g)
+                x, g = self._with_gradient(self._by_sample(name, x), self._by_sample(name, g))
                 total = squared_gradient_sum(x, g, workspace_mb=self.workspace_mb)
             else:
                 total = g.reshape(-1, g.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
             self.sums[name] += total.to(self.sums[name].device)
+
+    def _with_gradient(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Without the tokens whose gradient is zero in all samples, as long as there may be some."""
+        if self._full == _FULL:
+            return x, g
+        tokens = tokens_with_gradient(g)
+        if tokens is None:
+            self._full += 1
+            return x, g
+        return x[:, tokens], g[:, tokens]
 
     def result(self, add_up: Callable[[Tensor], Tensor]) -> FisherScores:
         """The mean over samples (its absolute value for `"gradient"`), float32 on the CPU; the sums are given up.

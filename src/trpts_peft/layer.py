@@ -350,7 +350,8 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
             return y if bias_update is None else y + bias_update.to(y.dtype)
         if _autocasts(x):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return sparse_linear(x, weight, _parameter(base, "bias"), columns, values, used, slots, bias_update)
+        bias, distinct = _parameter(base, "bias"), len(names) == 1
+        return sparse_linear(x, weight, bias, columns, values, used, slots, bias_update, distinct=distinct)
 
     def _mixed_batch_forward(self, x: Tensor, adapter_names: list[str]) -> Tensor:
         if self.merged:
@@ -426,7 +427,7 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         for name in names:
             places, bias = self._derive_places(name), base_parameter(base, "bias").data if name in biases else None
             overwritten = entries.index_select(0, places)
-            entries.scatter_add_(0, places, converted(all_values[name].data, weight).flatten())
+            entries.index_add_(0, places, converted(all_values[name].data, weight).flatten())
             _put_back(weight, entries)
             self._overwritten[name] = _Overwritten(places, overwritten, None if bias is None else bias.clone())
             if bias is not None:
@@ -462,7 +463,7 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
             name = self.merged_adapters[-1]
             old = self._overwritten[name].beside(weight)
             entries.index_select(0, old.places)  # memory answers many reads at a time, writes one after the other
-            entries.scatter_(0, old.places, old.entries)
+            entries.index_copy_(0, old.places, old.entries)
             _put_back(weight, entries)
             if old.bias is not None:
                 base_parameter(base, "bias").data.copy_(old.bias)

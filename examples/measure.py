@@ -25,15 +25,22 @@ def accuracy(model: nn.Module, batch: Batch) -> float:
     return 100 * (logits.argmax(dim=-1) == batch["labels"]).double().mean().item()
 
 
-def training_step(model: nn.Module) -> Callable[[Batch], None]:
-    """Forward, backward and Adam update on a batch, ready to be called again and again; `model` is put to training."""
+def training_step(model: nn.Module, autocast: torch.dtype | None = None) -> Callable[[Batch], None]:
+    """Forward, backward and Adam update on a batch, ready to be called again and again; `model` is put to training.
+
+    Args:
+        model: what trains.
+        autocast: what forward computes in, as the Trainer's `bf16=True` does; None: the dtype of the weights.
+    """
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.0)  # changes no weight
 
     model.train()
 
     def step(batch: Batch) -> None:
         optimizer.zero_grad()
-        model(**batch).loss.backward()
+        with torch.autocast(batch["pixel_values"].device.type, autocast, enabled=autocast is not None):
+            loss = model(**batch).loss
+        loss.backward()
         optimizer.step()
 
     return step

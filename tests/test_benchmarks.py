@@ -42,7 +42,7 @@ def test_every_table_is_filled_and_every_bar_is_judged(results, capsys, tmp_path
     bars = report.bars_of(results)
     report.print_report(results, bars)
     printed = capsys.readouterr().out
-    for row in results["training"]:
+    for row in [*results["training"], *results["mixed"]]:
         assert f"| {row['method']} |" in printed
     assert {row["method"] for row in results["training"]} >= {
         "frozen",

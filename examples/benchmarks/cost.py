@@ -38,7 +38,7 @@ from measure import (
 )
 from trpts_peft import estimate_cost
 
-SECTIONS = ("training", "fisher", "inference", "forward", "switching", "disk")
+SECTIONS = ("training", "mixed", "fisher", "inference", "forward", "switching", "disk")
 OUTPUT = Path(__file__).resolve().parents[2] / "runs" / "bench"
 
 
@@ -108,6 +108,23 @@ def training_rows(settings: Settings) -> list[dict[str, Any]]:
     return rows
 
 
+def mixed_rows(settings: Settings) -> list[dict[str, Any]]:
+    """Time of a training step of every method that computes in bfloat16, beside weights in float32."""
+    models = {name: build().to(settings.device) for name, build in methods().items()}
+    batch = drawn_batch(settings.train_batch, settings.device)
+    steps = {name: partial(training_step(model, torch.bfloat16), batch) for name, model in models.items()}
+    seconds = interleaved_seconds(steps, settings.rounds)
+    return [
+        {
+            "method": name,
+            "step_to_frozen": median_ratio(seconds[name], seconds["frozen"]),
+            "step_to_lora": median_ratio(seconds[name], seconds["LoRA r=8"]),
+            "seconds": seconds[name],
+        }
+        for name in models
+    ]
+
+
 def training_memory(model: nn.Module, step: Callable[[Batch], None], batch: Batch) -> tuple[int, int]:
     """Bytes that a training step keeps (weights, gradients, Adam's moments, what waits for backward), and its peak.
 
@@ -170,6 +187,7 @@ def measure_all(settings: Settings, only: str | None = None) -> dict[str, Any]:
     """Every section, or `only` one of them, as the content of the JSON file."""
     sections: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "training": lambda: training_rows(settings),
+        "mixed": lambda: mixed_rows(settings),
         "fisher": lambda: fisher_rows(settings.fisher_images, settings.device),
         "inference": lambda: [
             row for compiled in (False, True)[: 1 + settings.compiled] for row in inference_rows(settings, compiled)

@@ -64,6 +64,7 @@ def print_report(results: Results, bars: list[Bar]) -> None:
     sizes = f"batch {settings['train_batch']}; memory: batch {settings['memory_batch']}"
     for title, text in (
         (f"Training step ({sizes})", training_table(results["training"])),
+        ("Training step in mixed precision", mixed_table(results["mixed"])),
         ("Fisher information", fisher_table(results["fisher"])),
         ("Prediction of merged models", inference_table(results["inference"])),
         ("Prediction with adapters that are not merged", forward_table(results["forward"])),
@@ -92,6 +93,12 @@ def training_table(rows: list[dict[str, Any]]) -> str:
             for row in rows
         ],
     )
+
+
+def mixed_table(rows: list[dict[str, Any]]) -> str:
+    """Time of the methods in bfloat16."""
+    cells = [[row["method"], f"{row['step_to_frozen']:.2f}", f"{row['step_to_lora']:.2f}"] for row in rows]
+    return markdown_table(["method", "step / frozen", "step / LoRA"], cells)
 
 
 def fisher_table(rows: list[dict[str, Any]]) -> str:

@@ -867,13 +867,15 @@ def test_repr_names_the_connections():
 
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("active", [["a"], ["a", "b"]])
-def test_compiles_as_one_graph(active, dynamic):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiles_as_one_graph(active, dynamic, autocast):
     torch.compiler.reset()
     layer, x = make("a", "b"), inputs().requires_grad_()  # three dimensions: eager looks for tokens without a gradient
     layer.set_adapter(active)
-    expected = layer(x)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected, y = layer(x), compiled(x)
     grads = torch.autograd.grad(expected.square().sum(), [x, layer.trpts_values["a"]])
-    y = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)(x)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(torch.autograd.grad(y.square().sum(), [x, layer.trpts_values["a"]]), grads)
 

@@ -462,7 +462,8 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         while self.merged_adapters:
             name = self.merged_adapters[-1]
             old = self._overwritten[name].beside(weight)
-            entries.index_select(0, old.places)  # memory answers many reads at a time, writes one after the other
+            if weight.device.type == "cpu":  # its memory answers many reads at a time, writes one after the other
+                entries.index_select(0, old.places)
             entries.index_copy_(0, old.places, old.entries)
             _put_back(weight, entries)
             if old.bias is not None:

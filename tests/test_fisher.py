@@ -99,7 +99,7 @@ class Chain(nn.Module):
 @pytest.mark.parametrize("tokens", [[0], [3], [0, 2], [0, 1, 2, 3, 4]])
 @pytest.mark.parametrize("samples", [[0, 1, 2], [1]])
 def test_scores_where_only_some_tokens_have_a_gradient(tokens, samples):
-    model, x = Chain(3), torch.randn(3, 5, 4)
+    model, x = Chain(5), torch.randn(3, 5, 4)
     collector = FisherCollector(linears := dict(model.layers.named_children()), "fisher", 256, known_layout=True)
     chosen = torch.zeros(3).index_fill(0, torch.tensor(samples), 1)
     with collector.collecting(model.layers):
@@ -125,7 +125,7 @@ def test_behind_the_last_attention_only_the_class_token_is_multiplied(tiny_vit, 
 
 
 @pytest.mark.parametrize("blocks", [2, 4])
-def test_tokens_without_a_gradient_are_looked_for_in_the_last_block_only(labelled_images, monkeypatch, blocks):
+def test_tokens_without_a_gradient_are_looked_for_until_three_linears_have_none(labelled_images, monkeypatch, blocks):
     asked, look = [], fisher.tokens_with_gradient
     monkeypatch.setattr(fisher, "tokens_with_gradient", lambda grad: asked.append(1) or look(grad))
     estimate(build_vit(num_hidden_layers=blocks), labelled_images(8))

@@ -248,6 +248,18 @@ def test_autocast_computes_in_bfloat16_and_trains_in_float32(hooked):
     assert layer.trpts_values["a"].grad.dtype == x.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_adapter_is_not_scattered_into_16_bits(dtype, monkeypatch):
+    layer, x = make(dtype=dtype), inputs(dtype).requires_grad_()
+    for name in ("scatter", "scatter_", "scatter_add", "scatter_add_"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *_: pytest.fail("scattered"))
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x).float().sum().backward()
+    if dtype == torch.bfloat16:
+        layer.merge()
+        layer.unmerge()
+
+
 def test_autocast_leaves_float64_alone():
     layer, x = make().double(), torch.randn(2, INPUTS, dtype=torch.float64)
     expected = layer(x)
@@ -314,6 +326,7 @@ def test_merge_gives_the_adapters_output_and_unmerge_restores_every_bit(dtype):
 def test_several_merged_adapters_unmerge_exactly(dtype):
     layer, x = make("a", "b", "c", dtype=dtype), inputs(dtype)
     layer.replace_columns("b", layer.trpts_columns["a"].clone(), 1e3 * torch.randn(ROWS, 3))
+    layer.base_layer.weight[:, 0] = -0.0
     before = copy.deepcopy(layer.base_layer.state_dict())
     layer.merge(adapter_names=["b", "a"])
     with pytest.warns(UserWarning, match="additionally merging c"):
@@ -321,7 +334,7 @@ def test_several_merged_adapters_unmerge_exactly(dtype):
     assert layer.merged_adapters == ["b", "a", "c"]
     layer.unmerge()
     for name, tensor in layer.base_layer.state_dict().items():
-        assert torch.equal(tensor, before[name])
+        assert torch.equal(tensor.view(torch.uint8), before[name].view(torch.uint8))
     layer.merge(adapter_names=["a", "c"])
     merged = layer(x)
     layer.unmerge()
@@ -417,7 +430,7 @@ def test_an_unmerge_that_fails_can_be_repeated():
     layer.merge(adapter_names=["a", "b"])
     old = layer._overwritten["a"]
     layer._overwritten["a"] = old._replace(places=old.places + layer.base_layer.weight.numel())
-    with pytest.raises(IndexError, match="out of range"):
+    with pytest.raises(IndexError, match="out of"):
         layer.unmerge()
     assert layer.merged_adapters == ["a"]
     layer._overwritten["a"] = old

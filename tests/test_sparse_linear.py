@@ -43,7 +43,7 @@ def dense_weight(weight, columns, values):
 
 
 def sparse(x, weight, bias, columns, values):
-    return sparse_linear(x, weight, bias, columns, values, *index_columns(columns))
+    return sparse_linear(x, weight, bias, columns, values, *index_columns(columns), distinct=True)
 
 
 def added(x, weight, bias, columns, values):
@@ -264,14 +264,18 @@ def test_values_add_up_in_their_own_precision():
     columns = torch.tensor([[1, 1]]).expand(ROWS, -1).contiguous()
     x = torch.randn(4, INPUTS).bfloat16()
     values = torch.tensor([[257.0, -256.0]]).expand(ROWS, -1)
-    for weight, product in ((torch.zeros(ROWS, INPUTS), sparse), (torch.zeros(ROWS, INPUTS).bfloat16(), added)):
-        y = product(x, weight, None, columns, values)
+    weight, indices = torch.zeros(ROWS, INPUTS), index_columns(columns)
+    for y in (
+        sparse_linear(x, weight, None, columns, values, *indices),
+        added(x, weight.bfloat16(), None, columns, values),
+    ):
         assert torch.equal(y, x[:, 1:2].expand_as(y))
 
 
 @each_path
-def test_an_empty_batch(path):
-    arguments = case(shape=(0, 5, INPUTS), path=path)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_empty_batch(path, dtype):
+    arguments = case(dtype, shape=(0, 5, INPUTS), path=path)
     y, *gradients = outputs_and_gradients(sparse, *arguments)
     assert y.shape == (0, 5, ROWS)
     assert [g.shape for g in gradients] == [(0, 5, INPUTS), (ROWS,), arguments[4].shape]
@@ -293,6 +297,7 @@ def test_backward_keeps_only_the_used_columns_of_the_input(dtype):
     (kept,) = [t for t in saved if t.is_floating_point() and t.shape[1] == 10]
     assert torch.equal(kept.t(), torch.cat([x.detach().reshape(10, INPUTS)[:, used], torch.ones(10, 1)], dim=1))
     assert kept.untyped_storage().nbytes() == kept.nbytes
+    assert kept.is_contiguous() == (dtype == torch.bfloat16)
     assert all(t.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() for t in saved)
 
 

@@ -109,7 +109,7 @@ def training_rows(settings: Settings) -> list[dict[str, Any]]:
 
 
 def mixed_rows(settings: Settings) -> list[dict[str, Any]]:
-    """Time of a training step of every method that computes in bfloat16, beside weights in float32."""
+    """Time of a training step of every method under autocast to bfloat16, with weights in float32."""
     models = {name: build().to(settings.device) for name, build in methods().items()}
     batch = drawn_batch(settings.train_batch, settings.device)
     steps = {name: partial(training_step(model, torch.bfloat16), batch) for name, model in models.items()}
@@ -241,9 +241,9 @@ def main() -> None:
     results = {**earlier, **measure_all(settings, arguments.only)}
     bars: list[Bar] = bars_of(results)
     results["bars"] = [asdict(bar) for bar in bars]
-    print_report(results, bars)
     arguments.output.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print_report(results, bars)
     draw(results, arguments.output / "cost.png")
 
 

@@ -58,21 +58,22 @@ def bars_of(results: Results) -> list[Bar]:
 
 
 def print_report(results: Results, bars: list[Bar]) -> None:
-    """Every table, as Markdown."""
+    """Every table, as Markdown; those of sections that an older file lacks are left out."""
     settings = results["settings"]
     print("\n" + ", ".join(f"{name} {value}" for name, value in results["machine"].items()))
     sizes = f"batch {settings['train_batch']}; memory: batch {settings['memory_batch']}"
-    for title, text in (
-        (f"Training step ({sizes})", training_table(results["training"])),
-        ("Training step in mixed precision", mixed_table(results["mixed"])),
-        ("Fisher information", fisher_table(results["fisher"])),
-        ("Prediction of merged models", inference_table(results["inference"])),
-        ("Prediction with adapters that are not merged", forward_table(results["forward"])),
-        ("Switching between merged adapters", switching_table(results["switching"])),
-        ("On disk", disk_table(results["disk"])),
-        ("Bars", bar_table({"measured": bars})),
+    for section, title, table in (
+        ("training", f"Training step ({sizes})", training_table),
+        ("mixed", "Training step in mixed precision", mixed_table),
+        ("fisher", "Fisher information", fisher_table),
+        ("inference", "Prediction of merged models", inference_table),
+        ("forward", "Prediction with adapters that are not merged", forward_table),
+        ("switching", "Switching between merged adapters", switching_table),
+        ("disk", "On disk", disk_table),
     ):
-        print(f"\n{title}\n\n{text}")
+        if section in results:
+            print(f"\n{title}\n\n{table(results[section])}")
+    print(f"\nBars\n\n{bar_table({'measured': bars})}")
 
 
 def training_table(rows: list[dict[str, Any]]) -> str:

@@ -19,8 +19,9 @@ from .functional import squared_gradient_sum, tokens_with_gradient
 
 __all__ = ["FisherCollector", "FisherScores", "LossFn", "per_sample_cross_entropy"]
 
-# Tokens without a gradient lie behind the last attention. Backward begins there, and of that attention's own linears
-# two, keys and values, have gradients of all tokens: one more, and what comes has, too. A GPU has to wait to tell.
+# Tokens without a gradient lie behind the last attention, where backward begins. Of its own linears two, keys and
+# values, have gradients of all tokens; after one more it is as good as sure that all that follow have. To look costs a
+# GPU a wait, not to look costs no exactness.
 _FULL = 3
 
 LossFn = Callable[[Any, Tensor], Tensor]
@@ -209,8 +210,8 @@ class FisherCollector:
             self.sums[name] += total.to(self.sums[name].device)
 
     def _with_gradient(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        """Without the tokens whose gradient is zero in all samples, as long as there may be some."""
-        if self._full == _FULL:
+        """Without the tokens whose gradient is zero in all samples, as long as there may well be some."""
+        if self._full == _FULL or g.shape[1] == 1:
             return x, g
         tokens = tokens_with_gradient(g)
         if tokens is None:

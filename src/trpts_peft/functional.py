@@ -58,7 +58,7 @@ def squared_gradient_sum(inputs: Tensor, grad_outputs: Tensor, *, workspace_mb: 
             if len(some_x) == 1:
                 rows.addcmul_(gradients[0], gradients[0])
             else:
-                rows += torch.linalg.vector_norm(gradients, dim=0).square_()  # reads them once and writes none
+                rows += torch.linalg.vector_norm(gradients, dim=0).square_()  # reads them once
     return total
 
 

@@ -427,11 +427,12 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         for name in names:
             places, bias = self._derive_places(name), base_parameter(base, "bias").data if name in biases else None
             overwritten = entries.index_select(0, places)
-            entries.index_add_(0, places, converted(all_values[name].data, weight).flatten())
+            changed = overwritten + converted(all_values[name].data, weight.dtype).flatten()
+            entries.index_copy_(0, places, changed)  # a GPU that adds in 16 bits may write to the entry beside, too
             _put_back(weight, entries)
             self._overwritten[name] = _Overwritten(places, overwritten, None if bias is None else bias.clone())
             if bias is not None:
-                bias.add_(converted(biases[name].data, bias))
+                bias.add_(converted(biases[name].data, bias.dtype))
             self.merged_adapters.append(name)
 
     def check_merge(self, adapter_names: list[str]) -> None:
@@ -443,7 +444,7 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         weight, bias = self.base_layer.weight.data, self.base_layer.bias
         for name in [name for name in adapter_names if name in self.trpts_values]:
             self._derive_places(name)  # raises for columns outside of the weight, where `scatter` has words of its own
-            weight = compose_weight(weight, self.trpts_columns[name], self.trpts_values[name].data)
+            weight = compose_weight(weight, self.trpts_columns[name], self.trpts_values[name].data, distinct=True)
             finite = bool(weight.gather(1, self.trpts_columns[name]).isfinite().all())
             if name in self.trpts_bias:
                 bias = bias.data + self.trpts_bias[name].data.to(bias.dtype)

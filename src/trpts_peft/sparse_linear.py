@@ -44,28 +44,27 @@ def flat_places(columns: Tensor, in_features: int) -> Tensor:
     return (rows * in_features + columns).flatten()
 
 
-def converted(tensor: Tensor, like: Tensor | torch.dtype) -> Tensor:
-    """In another dtype, or in that of another; to ask first takes less time than a conversion that changes nothing."""
-    dtype = like.dtype if isinstance(like, Tensor) else like
+def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In that dtype; to ask first takes less time than a conversion that changes nothing."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def compose_weight(
     weight: Tensor, columns: Tensor, values: Tensor, *, dtype: torch.dtype | None = None, distinct: bool = False
 ) -> Tensor:
-    """W + Δ: (out, in) plus `values` (out, C) at `columns` (out, C).
+    """W + Δ.
 
     Args:
-        weight: W.
-        columns: int64.
-        values: added in the dtype of W.
+        weight: W, (out, in).
+        columns: int64 (out, C).
+        values: (out, C), added in the dtype of W.
         dtype: what the sum is rounded to; None: the dtype of W.
-        distinct: no column occurs twice in a row; else equal ones add up.
+        distinct: a promise that no row of `columns` holds a column twice; else the values of equal ones add up.
     """
-    dtype, values = dtype or weight.dtype, converted(values, weight)
-    if dtype.itemsize >= 4 or not distinct:
+    dtype, values = dtype or weight.dtype, converted(values, weight.dtype)
+    if dtype.itemsize >= 4 or not distinct or weight.device.type != "cpu":
         return converted(weight.scatter_add(1, columns, values), dtype)
-    # One copy of W less than to round W + Δ; and on a CPU, to scatter 16 bits takes the time of several copies.
+    # To scatter into 16 bits takes a CPU as long as to copy W; and to round W + Δ is to copy a W of 32 bits twice.
     rows = torch.arange(columns.shape[0], device=columns.device).unsqueeze(1)
     entries = weight.gather(1, columns) + values
     return weight.to(dtype, copy=True).index_put_((rows, columns), converted(entries, dtype))
@@ -86,7 +85,7 @@ def _composed_linear(
     distinct: bool,
 ) -> Tensor:
     given = [part for part in (bias, bias_update) if part is not None]
-    total = converted(given[0] if len(given) == 1 else given[0] + given[1], x) if given else None
+    total = converted(given[0] if len(given) == 1 else given[0] + given[1], x.dtype) if given else None
     return F.linear(x, compose_weight(weight, columns, values, dtype=x.dtype, distinct=distinct), total)
 
 
@@ -132,9 +131,10 @@ class _SparseLinear(torch.autograd.Function):
         grad_x = grad_sum = grad_values = None
         visited, count = _rows_to_visit(grad_rows, ctx.shape), grad_rows.shape[0]
         if ctx.keep == "input":
-            kept = kept.reshape(-1, ctx.shape[-1]).t()
+            kept = kept.reshape(-1, ctx.shape[-1])
         if visited is not None:
-            grad_rows, kept = grad_rows[visited], kept if kept is None else kept[:, visited]
+            grad_rows = grad_rows[visited]
+            kept = None if kept is None else kept.index_select(1 if ctx.keep == "used" else 0, visited)
         if needs_x:  # composed again, so that no dense copy of W is kept between forward and backward
             grad_x = grad_rows @ compose_weight(weight, columns, values, dtype=grad_rows.dtype, distinct=ctx.distinct)
             if visited is not None:
@@ -145,7 +145,7 @@ class _SparseLinear(torch.autograd.Function):
             grad_values = grad_used.t().gather(1, slots)
             grad_sum = grad_used[-1] if _sums_by_product(grad_rows) else None
         elif needs_values:
-            grad_values = _gathered_gradient(kept.t(), grad_rows, columns)
+            grad_values = _gathered_gradient(kept, grad_rows, columns)
         if grad_sum is None and (needs_bias or needs_update):
             grad_sum = grad_rows.sum(dim=0)
         grad_bias, grad_update = grad_sum if needs_bias else None, grad_sum if needs_update else None
@@ -160,14 +160,14 @@ def _sums_by_product(rows: Tensor) -> bool:
 def _used_inputs(rows: Tensor, used: Tensor) -> Tensor:
     """(U, N) of rows (N, in), on a CPU with a row of ones below.
 
-    Products of 16 bits take a third less time if it lies in memory as it is multiplied. Those of 32 bits gain little,
-    and row by row it is collected faster.
+    There products of 16 bits take a third less time if it lies in memory as it is multiplied. Those of 32 bits gain
+    little, and row by row it is collected faster.
     """
+    if not _sums_by_product(rows):
+        return rows.index_select(1, used).t()
     if rows.element_size() < 4:
-        kept = rows.t().index_select(0, used)
-        return torch.cat([kept, kept.new_ones(1, kept.shape[1])]) if _sums_by_product(rows) else kept
-    kept = rows.index_select(1, used)
-    return (torch.cat([kept, kept.new_ones(kept.shape[0], 1)], dim=1) if _sums_by_product(rows) else kept).t()
+        return torch.cat([rows.t().index_select(0, used), rows.new_ones(1, rows.shape[0])])
+    return torch.cat([rows.index_select(1, used), rows.new_ones(rows.shape[0], 1)], dim=1).t()
 
 
 def _rows_to_visit(grad_rows: Tensor, shape: torch.Size) -> Tensor | None:
@@ -217,8 +217,8 @@ def sparse_linear(
         used: int64 (U,), input columns that cover `columns`.
         slots: int64 (out_features, C), used[slots] = columns.
         bias_update: Δb, (out_features,), or None.
-        distinct: no column occurs twice in a row, which takes less time in 16 bits; else the values of equal ones add
-            up.
+        distinct: a promise that no row of `columns` holds a column twice, which spares a CPU time in 16 bits; else the
+            values of equal ones add up.
 
     Returns:
         (..., out_features) in the dtype of `x`.

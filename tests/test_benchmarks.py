@@ -13,7 +13,14 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from benchmarks import cost, figure, methods, onnx_runtime, report
 from benchmarks.used_columns import used_shares
-from measure import interleaved_seconds, median_ratio, peak_bytes, resident_bytes, saved_activation_bytes
+from measure import (
+    interleaved_seconds,
+    median_ratio,
+    peak_bytes,
+    resident_bytes,
+    saved_activation_bytes,
+    training_step,
+)
 from tables import markdown_table
 
 WIDTH, BLOCKS = 40, 12
@@ -51,6 +58,8 @@ def test_every_table_is_filled_and_every_bar_is_judged(results, capsys, tmp_path
         "full",
         "TR-PTS, U/in 0.1",
     }
+    report.print_report({name: rows for name, rows in results.items() if name != "mixed"}, bars)
+    assert printed.replace(report.mixed_table(results["mixed"]), "").count("|") == capsys.readouterr().out.count("|")
     assert [bar.limit for bar in bars] == [1.1, 1, 0.87, 0.78, 0.45, 0.78, 0.45, 1.35, 1, 0.95, 0.9, 0.05, 6, 4]
     json.dumps({**results, "bars": [asdict(bar) for bar in bars]})
     on_a_gpu = report.bars_of({**results, "settings": {**results["settings"], "device": "cuda"}})
@@ -147,6 +156,14 @@ def test_saved_activations_count_each_storage_once_and_nothing_that_led_nowhere(
 def test_resident_bytes_count_each_storage_once():
     tensor = torch.zeros(10)
     assert resident_bytes(tensor, tensor[:3], torch.zeros(2)) == 48
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_training_step_computes_in_the_dtype_that_it_is_told(tiny, dtype):
+    model, seen = methods.new_vit(), set()
+    model.vit.layers[0].mlp.fc1.register_forward_hook(lambda _module, _args, y: seen.add(y.dtype))
+    training_step(model, dtype)(cost.drawn_batch(2, "cpu"))
+    assert seen == {dtype or torch.float32}
 
 
 def test_actions_take_turns():

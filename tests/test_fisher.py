@@ -132,6 +132,15 @@ def test_tokens_without_a_gradient_are_looked_for_until_three_linears_have_none(
     assert len(asked) == 2 * 7  # batches, linears of a block and one more
 
 
+def test_where_there_is_one_token_none_is_looked_for(monkeypatch):
+    monkeypatch.setattr(fisher, "tokens_with_gradient", lambda grad: pytest.fail("asked"))
+    model = Chain(2)
+    collector = FisherCollector(dict(model.layers.named_children()), "fisher", 256, known_layout=True)
+    with collector.collecting(model.layers):
+        collector.add(model.layers(torch.randn(3, 4)).square().sum(1))
+    assert all(bool(score.any()) for score in collector.result(lambda total: total).values())
+
+
 @pytest.mark.parametrize("options", [{"batch_size": 1}, {"batch_size": 7}, {"workspace_mb": 1e-3}])
 def test_scores_do_not_depend_on_batches_or_workspace(tiny_vit, labelled_images, options):
     model, data = tiny_vit(), labelled_images(7)

@@ -427,8 +427,11 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         for name in names:
             places, bias = self._derive_places(name), base_parameter(base, "bias").data if name in biases else None
             overwritten = entries.index_select(0, places)
-            changed = overwritten + converted(all_values[name].data, weight.dtype).flatten()
-            entries.index_copy_(0, places, changed)  # a GPU that adds in 16 bits may write to the entry beside, too
+            updates = converted(all_values[name].data, weight.dtype).flatten()
+            if weight.device.type == "cpu":
+                entries.index_add_(0, places, updates)
+            else:  # a GPU that adds in 16 bits may write to the entry beside, too
+                entries.index_copy_(0, places, overwritten + updates)
             _put_back(weight, entries)
             self._overwritten[name] = _Overwritten(places, overwritten, None if bias is None else bias.clone())
             if bias is not None:

@@ -61,6 +61,7 @@ def test_every_table_is_filled_and_every_bar_is_judged(results, capsys, tmp_path
     report.print_report({name: rows for name, rows in results.items() if name != "mixed"}, bars)
     assert printed.replace(report.mixed_table(results["mixed"]), "").count("|") == capsys.readouterr().out.count("|")
     assert [bar.limit for bar in bars] == [1.1, 1, 0.87, 0.78, 0.45, 0.78, 0.45, 1.35, 1, 0.95, 0.9, 0.05, 6, 4]
+    assert [row["what"] for row in results["switching_bfloat16"]] == [row["what"] for row in results["switching"]]
     json.dumps({**results, "bars": [asdict(bar) for bar in bars]})
     on_a_gpu = report.bars_of({**results, "settings": {**results["settings"], "device": "cuda"}})
     assert [bar.limit for bar, other in zip(on_a_gpu, bars, strict=True) if bar.limit != other.limit] == [1.2]
@@ -192,6 +193,8 @@ def test_the_page_shows_the_tables_of_the_recorded_runs():
         report.forward_table(recorded["forward"]),
         report.switching_table(recorded["switching"]),
         report.disk_table(recorded["disk"]),
+        report.mixed_table(runs["Xeon"]["mixed"]),
+        report.switching_table(runs["Xeon"]["switching_bfloat16"]),
     ):
         assert f"\n\n{table}\n\n" in page
     for pair in zip(*bars.values(), strict=True):

@@ -38,7 +38,7 @@ from measure import (
 )
 from trpts_peft import estimate_cost
 
-SECTIONS = ("training", "mixed", "fisher", "inference", "forward", "switching", "disk")
+SECTIONS = ("training", "mixed", "fisher", "inference", "forward", "switching", "switching_bfloat16", "disk")
 OUTPUT = Path(__file__).resolve().parents[2] / "runs" / "bench"
 
 
@@ -194,6 +194,7 @@ def measure_all(settings: Settings, only: str | None = None) -> dict[str, Any]:
         ],
         "forward": lambda: forward_rows(settings),
         "switching": lambda: switch_rows(settings.rounds, settings.device),
+        "switching_bfloat16": lambda: switch_rows(settings.rounds, settings.device, torch.bfloat16),
         "disk": disk_rows,
     }
     results: dict[str, Any] = {"settings": asdict(settings), "machine": machine(settings.device)}

@@ -69,6 +69,7 @@ def print_report(results: Results, bars: list[Bar]) -> None:
         ("inference", "Prediction of merged models", inference_table),
         ("forward", "Prediction with adapters that are not merged", forward_table),
         ("switching", "Switching between merged adapters", switching_table),
+        ("switching_bfloat16", "Switching between merged adapters in bfloat16", switching_table),
         ("disk", "On disk", disk_table),
     ):
         if section in results:

@@ -23,8 +23,14 @@ from trpts_peft.sparse_linear import flat_places
 MERGES = "unmerge and merge only"
 
 
-def switch_rows(rounds: int, device: str) -> list[dict[str, Any]]:
-    """From one merged adapter to another: unmerge, `set_adapter`, merge; parts of it; and what it cannot go below."""
+def switch_rows(rounds: int, device: str, dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
+    """From one merged adapter to another: unmerge, `set_adapter`, merge; parts of it; and what it cannot go below.
+
+    Args:
+        rounds: how often all is timed, in turns.
+        device: "cpu" or "cuda".
+        dtype: of base weights and adapters.
+    """
     sparse, low_rank = trpts(), lora()
     assert isinstance(sparse, PeftModel)
     assert isinstance(low_rank, PeftModel)
@@ -36,7 +42,7 @@ def switch_rows(rounds: int, device: str) -> list[dict[str, Any]]:
     actions: dict[str, Callable[[], None]] = {}
     for name, model in models.items():
         randomize(model)
-        model.requires_grad_(False)  # serving trains nothing
+        model.to(dtype).requires_grad_(False)  # serving trains nothing
         model.merge_adapter()
         actions |= {f"{name}, switch": switch(model), f"{name}, {MERGES}": partial(merge_again, model)}
     actions["TR-PTS, entries read only"] = partial(read_entries, touched_entries(sparse))

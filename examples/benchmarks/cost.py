@@ -11,7 +11,7 @@ import json
 import platform
 import statistics
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -39,6 +39,7 @@ from measure import (
 from trpts_peft import estimate_cost
 
 SECTIONS = ("training", "mixed", "fisher", "inference", "forward", "switching", "switching_bfloat16", "disk")
+REFERENCES = {"frozen": "frozen", "lora": "LoRA r=8"}  # of training steps
 OUTPUT = Path(__file__).resolve().parents[2] / "runs" / "bench"
 
 
@@ -95,14 +96,11 @@ def training_rows(settings: Settings) -> list[dict[str, Any]]:
         kept, peak = training_memory(model, steps[name], large)
         rows.append(
             {
-                "method": name,
-                "step_to_frozen": median_ratio(seconds[name], seconds["frozen"]),
-                "step_to_lora": median_ratio(seconds[name], seconds["LoRA r=8"]),
+                **step_row(name, seconds),
                 "kept_bytes": kept,
                 "peak_bytes": peak,
                 "gmacs": cost.macs / 1e9,
                 "trainable_percent": cost.trainable_percent,
-                "seconds": seconds[name],
             }
         )
     return rows
@@ -114,15 +112,14 @@ def mixed_rows(settings: Settings) -> list[dict[str, Any]]:
     batch = drawn_batch(settings.train_batch, settings.device)
     steps = {name: partial(training_step(model, torch.bfloat16), batch) for name, model in models.items()}
     seconds = interleaved_seconds(steps, settings.rounds)
-    return [
-        {
-            "method": name,
-            "step_to_frozen": median_ratio(seconds[name], seconds["frozen"]),
-            "step_to_lora": median_ratio(seconds[name], seconds["LoRA r=8"]),
-            "seconds": seconds[name],
-        }
-        for name in models
-    ]
+    return [step_row(name, seconds) for name in models]
+
+
+def step_row(name: str, seconds: Mapping[str, list[float]]) -> dict[str, Any]:
+    """The seconds of one method's steps, and their ratios to those of the frozen model and of LoRA."""
+    mine = seconds[name]
+    ratios = {f"step_to_{key}": median_ratio(mine, seconds[of]) for key, of in REFERENCES.items()}
+    return {"method": name, **ratios, "seconds": mine}
 
 
 def training_memory(model: nn.Module, step: Callable[[Batch], None], batch: Batch) -> tuple[int, int]:

@@ -60,6 +60,9 @@ def compose_weight(
         values: (out, C), added in the dtype of W.
         dtype: what the sum is rounded to; None: the dtype of W.
         distinct: a promise that no row of `columns` holds a column twice; else the values of equal ones add up.
+
+    Returns:
+        (out, in), a new tensor.
     """
     dtype, values = dtype or weight.dtype, converted(values, weight.dtype)
     if dtype.itemsize >= 4 or not distinct or weight.device.type != "cpu":

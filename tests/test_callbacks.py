@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from conftest import LabelledImages, build_vit
+from conftest import LabelledImages, build_vit, needs_adapter_methods
 from trpts_peft import TRPTSCallback, TRPTSConfig, set_token_selection
 from trpts_peft.layer import TRPTSLinear
 
@@ -110,6 +110,7 @@ def test_values_of_16_bits_are_summed_in_32(tmp_path: Path) -> None:
     assert {k: v for k, v in entry.items() if "norm" in k} == pytest.approx(naive_norms(model), rel=1e-6)
 
 
+@needs_adapter_methods
 def test_an_adapter_injected_by_transformers(tmp_path: Path) -> None:
     vit = build_vit()
     vit.add_adapter(TRPTSConfig(init_weights=False, token_layers=[1], keep_rate=0.5))
@@ -182,7 +183,14 @@ def test_one_transfer_to_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
-@pytest.mark.parametrize("method", ["none", "lora", "inactive"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "none",
+        pytest.param("lora", marks=needs_adapter_methods),
+        pytest.param("inactive", marks=needs_adapter_methods),
+    ],
+)
 def test_a_trainer_without_an_active_adapter_is_refused(method: str, tmp_path: Path) -> None:
     vit = build_vit()
     if method == "inactive":

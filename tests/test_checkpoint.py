@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from conftest import build_images, build_vit
+from conftest import build_images, build_vit, needs_adapter_methods
 from trpts_peft import TRPTSConfig, calibrate
 from trpts_peft.checkpoint import pack_columns, unpack_columns
 from trpts_peft.layer import TRPTSLinear
@@ -534,6 +534,7 @@ def test_transformers_loader_takes_a_good_file(saved: Path, logits: Tensor) -> N
     assert columns.dtype == torch.int64
 
 
+@needs_adapter_methods
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 def test_transformers_second_adapter_is_refused(saved: Path, tmp_path: Path, logits: Tensor) -> None:
     base = build_vit()
@@ -693,6 +694,7 @@ def test_adapter_of_an_uncalibrated_config(tmp_path: Path) -> None:
 # ---- names and leftovers ----
 
 
+@needs_adapter_methods
 @pytest.mark.filterwarnings("ignore:Already found:UserWarning")
 def test_one_adapters_name_may_begin_with_anothers(saved: Path, logits: Tensor) -> None:
     base = build_vit()

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import DeiTForImageClassificationWithTeacher, ViTModel
 
-from conftest import FAMILIES, PREFIX, build_images, build_vit
+from conftest import FAMILIES, PREFIX, build_images, build_vit, needs_adapter_methods
 from trpts_peft import TRPTSConfig, apply_token_selection, estimate_cost, record_tokens, set_token_selection
 from trpts_peft.cost import Geometry, geometry_of, macs, patch_grid, predicted_speedup, tokens_per_block
 
@@ -140,7 +140,10 @@ def test_a_linear_probe_trains_the_head_alone() -> None:
     assert cost.trainable_parameters_without_head == 0
 
 
-@pytest.mark.parametrize("native", [False, True], ids=["get_peft_model", "add_adapter"])
+@pytest.mark.parametrize(
+    "native",
+    [pytest.param(False, id="get_peft_model"), pytest.param(True, id="add_adapter", marks=needs_adapter_methods)],
+)
 def test_lora(native: bool) -> None:
     model = build_vit()
     total, backbone, head = naive_size(model), naive_size(model.vit), naive_size(model.classifier)

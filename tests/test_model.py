@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import PreTrainedConfig, ViTForImageClassification
 
-from conftest import LabelledImages, build_images, build_vit
+from conftest import LabelledImages, build_images, build_vit, needs_adapter_methods
 from trpts_peft import TRPTSConfig, apply_token_selection, calibrate
 from trpts_peft.layer import TRPTSLinear
 from trpts_peft.vit import keep_rates_in_force, token_selections
@@ -597,6 +597,7 @@ def transformers_model(**options: Any) -> ViTForImageClassification:
     return base
 
 
+@needs_adapter_methods
 def test_transformers_add_adapter_equals_peft() -> None:
     peft_model = get_peft_model(
         build_vit(), TRPTSConfig(token_layers=[1], keep_rate=0.5, importance="magnitude"), "mine"
@@ -606,6 +607,7 @@ def test_transformers_add_adapter_equals_peft() -> None:
     assert torch.equal(predict(transformers_model()), predict(peft_model.eval()))
 
 
+@needs_adapter_methods
 def test_transformers_disables_and_enables() -> None:
     base = transformers_model()
     before = predict(base)
@@ -615,6 +617,7 @@ def test_transformers_disables_and_enables() -> None:
     assert torch.equal(predict(base), before)
 
 
+@needs_adapter_methods
 def test_transformers_saves_and_loads(tmp_path: Path) -> None:
     base = transformers_model()
     base.save_pretrained(tmp_path)
@@ -624,6 +627,7 @@ def test_transformers_saves_and_loads(tmp_path: Path) -> None:
         assert torch.equal(predict(loaded), predict(base))
 
 
+@needs_adapter_methods
 def test_transformers_deletes() -> None:
     base = transformers_model()
     base.delete_adapter("mine")
@@ -632,6 +636,7 @@ def test_transformers_deletes() -> None:
     assert blocks == [(type(block), type(block.attention)) for block in build_vit().vit.layers]
 
 
+@needs_adapter_methods
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 def test_transformers_switches() -> None:
     base = transformers_model()

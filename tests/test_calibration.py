@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from contextlib import nullcontext
 from typing import Any
@@ -366,6 +367,16 @@ def test_summary_is_printed_only_with_progress(capsys: pytest.CaptureFixture[str
     assert "fitted head" not in capsys.readouterr().out
     calibrate(adapter(), DATA, progress=False)
     assert capsys.readouterr().out == ""
+
+
+def test_the_log_says_what_the_probe_reached(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="trpts_peft")
+    with pytest.warns(UserWarning, match="not trained"):  # and so it is not printed
+        calibrate(adapter(modules_to_save=None), DATA, **QUIET)
+    (line,) = [record.getMessage() for record in caplog.records if "held-out loss" in record.getMessage()]
+    assert re.fullmatch(
+        r"fitted head: accuracy [\d.]+ % on its data, [\d.]+ % held out, strength [\d.e-]+, held-out loss [\d.]+", line
+    )
 
 
 def test_an_optimizer_made_before_trains_what_is_there_now() -> None:

@@ -231,7 +231,7 @@ def _probe(base: nn.Module, batches: Batches, head: Head, adapter_name: str, pro
     if batches.world > 1:
         for tensor in (probe.weight, probe.bias):
             tensor.copy_(of_first_process(tensor))
-    logger.info("Linear probe: strength %g, held-out loss %.3f.", probe.strength, probe.held_out_loss)
+    logger.info("%s, strength %g, held-out loss %.3f", probe.summary(), probe.strength, probe.held_out_loss)
     return probe
 
 

@@ -121,7 +121,7 @@ class TRPTSConfig(PeftConfig):
             "('sparse'), the most ('dense'), or drawn with `seed` ('random')."
         },
     )
-    seed: int = field(default=0, metadata={"help": "Seed of all that is drawn."})
+    seed: int = field(default=0, metadata={"help": "Seed of what a 'random' importance and token placement draw."})
     init_weights: bool = field(
         default=True, metadata={"help": "Start as the identity (True), or from random values, for tests (False)."}
     )

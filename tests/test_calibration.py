@@ -379,6 +379,17 @@ def test_the_log_says_what_the_probe_reached(caplog: pytest.LogCaptureFixture) -
     )
 
 
+def test_a_default_dtype_changes_nothing_that_is_drawn() -> None:
+    one, other = (adapter(importance="random") for _ in range(2))
+    expected = calibrate(one, None, probe_head=False, progress=False)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        selection = calibrate(other, None, probe_head=False, progress=False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(columns, expected.columns[name]) for name, columns in selection.columns.items())
+
+
 def test_an_optimizer_made_before_trains_what_is_there_now() -> None:
     model = adapter(min_connections=2).train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)

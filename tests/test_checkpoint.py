@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import (
+    LoraConfig,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
@@ -668,6 +670,27 @@ def test_resume_refuses_other_shapes_and_token_layers(saved: Path, option: dict[
     with pytest.raises(ValueError, match="from_pretrained"):
         model.load_adapter(saved, "default", is_trainable=True)
     assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize(
+    "config, kept",
+    [(TRPTSConfig(token_layers=0), True), (LoraConfig(target_modules=["fc1"]), False)],
+    ids=["trpts", "lora goes PEFT's way"],
+)
+def test_a_file_goes_into_the_parameters_that_are_there(config: Any, kept: bool, tmp_path: Path) -> None:
+    model = get_peft_model(build_vit().bfloat16(), config, autocast_adapter_dtype=False)
+    model.save_pretrained(tmp_path)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in trained.values()} == {torch.bfloat16}
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    assert {model.get_parameter(name) is p for name, p in trained.items()} == {kept}
+
+
+def test_what_was_injected_without_a_file_is_not_taken_for_chosen() -> None:
+    config = copy.deepcopy(adapted().peft_config["default"])
+    base = inject_adapter_in_model(config, build_vit()).bfloat16()  # in which other weights are the largest
+    base(build_images(dtype=torch.bfloat16))  # asks for the file
+    assert not any(m.is_chosen("default") for m in base.modules() if isinstance(m, TRPTSLinear))
 
 
 def test_resumed_columns_reach_forward_and_backward(saved: Path, logits: Tensor) -> None:

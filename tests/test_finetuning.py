@@ -304,6 +304,15 @@ def test_the_loss_is_that_of_classes_whatever_the_base_was_trained_for(tmp_path:
     torch.testing.assert_close(outputs.loss, torch.nn.functional.cross_entropy(outputs.logits, labels))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_base_in_16_bits_trains_in_32(tmp_path: Path, dtype: torch.dtype) -> None:
+    write_base(tmp_path / "base")
+    ViTForImageClassification.from_pretrained(tmp_path / "base").to(dtype).save_pretrained(tmp_path / "base")
+    assert AutoConfig.from_pretrained(tmp_path / "base").dtype == dtype
+    model = finetuning.load_classifier(str(tmp_path / "base"), NAMES)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
 def test_results_are_written_without_the_figures_that_fail(given: Any, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("trpts_peft.report.plot_tokens", Mock(side_effect=RuntimeError("no such font")))
     settings, results = run({**given, "epochs": 1}, tmp_path / "run")

@@ -248,7 +248,15 @@ def test_cls_attention_is_float32(dtype):
     query, key = torch.randn(1, 2, 5, 4).to(dtype), torch.randn(1, 2, 5, 4).to(dtype)
     importance = TF.cls_attention(query, key, 0.5)
     assert importance.dtype == torch.float32
-    torch.testing.assert_close(importance, TF.cls_attention(query.float(), key.float(), 0.5), rtol=0.02, atol=0)
+    exact = {"rtol": 1e-6, "atol": 0}
+    torch.testing.assert_close(importance, TF.cls_attention(query.float(), key.float(), 0.5), **exact)
+
+
+def test_products_that_float16_cannot_hold_count():
+    query, key = torch.full((1, 1, 5, 64), 40.0), torch.full((1, 1, 5, 64), 30.0)
+    key[:, :, 3] = -30.0
+    importance = TF.cls_attention(query.half(), key.half(), 1e-4)
+    torch.testing.assert_close(importance, TF.cls_attention(query, key, 1e-4))
 
 
 # ---- eq. 9 ----
@@ -307,6 +315,15 @@ def test_select_and_merge_equals_a_loop(prefix, rate, count):
     expected, expected_kept = naive_select_and_merge(hidden, importance, count, prefix)
     assert torch.equal(kept, expected_kept)
     torch.testing.assert_close(refined, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_leaves_the_merged_token_alone(dtype):
+    hidden, importance = torch.randn(2, 11, 6), torch.rand(2, 10)
+    hidden[:, 1], importance[:, 0] = 1e6, 2.0  # a kept token, infinite in float16
+    with torch.autocast("cpu", dtype):
+        refined, _ = TF.select_and_merge(hidden, importance, 0.5)
+    torch.testing.assert_close(refined, TF.select_and_merge(hidden, importance, 0.5)[0], rtol=1e-6, atol=1e-6)
 
 
 def test_kept_tokens_and_prefix_are_untouched():

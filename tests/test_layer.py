@@ -406,6 +406,17 @@ def broken_columns(layer):
     layer.trpts_columns["b"][0, 0] = INPUTS
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_merged_bias_is_rounded_once(dtype):
+    layer, x = make(dtype=dtype), inputs(dtype)
+    layer.trpts_bias["a"].data = torch.linspace(1e-3, 1, ROWS) / 3  # in 32 bits, where PEFT keeps it
+    expected = (layer.base_layer.bias.float() + layer.trpts_bias["a"]).to(dtype)
+    adapted = layer(x)
+    layer.merge(safe_merge=True)
+    assert torch.equal(layer.base_layer.bias, expected)
+    assert torch.equal(layer(x), adapted)
+
+
 def bias_elsewhere(layer):
     layer.base_layer.bias = nn.Parameter(torch.empty(ROWS, device="meta"), requires_grad=False)
 
@@ -536,6 +547,18 @@ def test_a_merged_layer_unmerges_when_disabled():
     layer.enable_adapters(False)
     assert torch.equal(layer(x), expected)
     assert not layer.merged
+
+
+def test_a_conversion_of_all_tensors_leaves_indices_alone():
+    layer = make()
+    columns, original = layer.trpts_columns["a"].clone(), layer.base_layer.weight.detach().bfloat16()
+    layer.merge()
+    layer.type(torch.bfloat16)  # integers, too, says torch
+    assert layer.trpts_values["a"].dtype == layer.base_layer.weight.dtype == torch.bfloat16
+    assert torch.equal(layer.trpts_columns["a"], columns)
+    layer.unmerge()
+    assert torch.equal(layer.base_layer.weight, original)
+    assert layer(inputs(torch.bfloat16)).isfinite().all()
 
 
 @pytest.mark.parametrize("part", ["trpts_values", "trpts_bias"])

@@ -76,6 +76,30 @@ def test_a_sum_is_as_precise_as_what_it_adds_up_on_a_16_bit_base() -> None:
         assert layer.trpts_values["sum"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.5, 0.5)])
+def test_heads_and_biases_in_16_bits_are_summed_in_32(weights: tuple[float, float]) -> None:
+    model = adapters({}, {}, base=build_vit().bfloat16())
+    for layer in layers(model).values():
+        layer.trpts_bias.bfloat16()
+    model.base_model.add_weighted_adapter(["a", "b"], list(weights), "sum")
+    for layer in layers(model).values():
+        terms = [w * layer.trpts_bias[name].detach().float() for name, w in zip("ab", weights, strict=True)]
+        torch.testing.assert_close(layer.trpts_bias["sum"].detach(), sum(terms), rtol=0, atol=1e-6)
+    head = model.base_model.model.classifier
+    terms = [w * head.modules_to_save[name].weight.float() for name, w in zip("ab", weights, strict=True)]
+    assert torch.equal(head.modules_to_save["sum"].weight, sum(terms).bfloat16())
+
+
+def test_a_default_dtype_changes_no_sum() -> None:
+    update = torch.tensor([[1]]), torch.tensor([[1.0]])
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        _, values = sum_updates([update, update], [1.0, 2**-10], 3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert values.dtype == torch.float32 and values.tolist() == [[1 + 2**-10]]
+
+
 def test_a_sum_has_no_importance_of_its_own() -> None:
     model = adapters({}, {})
     model.base_model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum")

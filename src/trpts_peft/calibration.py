@@ -215,8 +215,8 @@ def _scores_without_data(linears: Mapping[str, nn.Linear], config: TRPTSConfig) 
     if config.importance == "magnitude":
         return FisherScores({n: m.weight.detach().abs().float().cpu() for n, m in linears.items()}, 0)
     generator = torch.Generator().manual_seed(config.seed)
-    drawn = {n: torch.rand(m.weight.shape, generator=generator, device="cpu") for n, m in linears.items()}
-    return FisherScores(drawn, 0)
+    how: Any = {"generator": generator, "dtype": torch.float32, "device": "cpu"}  # whatever the defaults
+    return FisherScores({n: torch.rand(m.weight.shape, **how) for n, m in linears.items()}, 0)
 
 
 def _probe(base: nn.Module, batches: Batches, head: Head, adapter_name: str, progress: bool) -> LinearProbe:

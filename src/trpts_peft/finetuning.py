@@ -384,8 +384,9 @@ def load_classifier(model: str, names: Sequence[str]) -> nn.Module:
     label2id = {name: index for index, name in enumerate(names)}
     options = {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": label2id}
     with _model_errors(model):
-        # A base that was trained on another kind of task would go on computing the loss of that.
-        return load_whole(model, **options, problem_type="single_label_classification")
+        # A base that was trained on another kind of task would go on computing the loss of that, and one whose file is
+        # in 16 bits would train, and save, all but the sparse values in them.
+        return load_whole(model, **options, problem_type="single_label_classification", dtype=torch.float32)
 
 
 @contextmanager

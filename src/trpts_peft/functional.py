@@ -187,8 +187,10 @@ def cls_attention(query: Tensor, key: Tensor, scaling: float, num_prefix_tokens:
         float32 (B, S - num_prefix_tokens).
     """
     first = query[:, :, :1]
-    if torch.onnx.is_in_onnx_export():  # a product of matrices would be exported for one image, if it is given one
-        products = (first * key).sum(dim=-1)
+    # A product of matrices would be exported to ONNX for one image, if it is given one; in 16 bits it would be rounded
+    # to them, and be infinite where a fused attention is not.
+    if torch.onnx.is_in_onnx_export() or key.element_size() < 4:
+        products = (first.float() * key.float()).sum(dim=-1)
     else:
         products = torch.matmul(first, key.transpose(2, 3)).squeeze(2)
     scores = products * scaling
@@ -227,7 +229,10 @@ def select_and_merge(
     prefix, tokens = hidden[:, :num_prefix_tokens], hidden[:, num_prefix_tokens:]
     selected = _selected(hidden, kept + num_prefix_tokens)
     weights = _merge_weights(importance, kept).to(hidden.dtype)
-    merged = torch.bmm(weights.unsqueeze(1), tokens)
+    if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):  # which would multiply in 16 bits
+        merged = (weights.unsqueeze(2) * tokens).sum(dim=1, keepdim=True).to(hidden.dtype)
+    else:
+        merged = torch.bmm(weights.unsqueeze(1), tokens)
     return torch.cat([prefix, selected, merged], dim=1), kept
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from . import functional
-from .sparse_linear import added_linear, compose_weight, converted, flat_places, index_columns, sparse_linear
+from .sparse_linear import added_linear, compose_weight, converted, digest, flat_places, index_columns, sparse_linear
 from .tuner_layer import TRPTSLayer
 
 __all__ = ["TRPTSLinear", "base_parameter"]
@@ -149,7 +149,8 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
-        self.fresh: set[str] = set()  # adapters injected, but neither calibrated nor loaded since
+        # Digests of the columns of adapters that were injected, but neither calibrated nor loaded since.
+        self.fresh: dict[str, str] = {}
         # No buffers: DDP, for one, wants the same ones in every process, merged there or not.
         self._overwritten: dict[str, _Overwritten] = {}  # by adapters that are merged
         # The columns that `trpts_used` and `trpts_slots` follow from, and their version at that time.
@@ -194,7 +195,7 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
             _refill(self.trpts_bias[adapter_name], torch.zeros_like(self.trpts_bias[adapter_name].data))
         self.trpts_fingerprint[adapter_name] = self.base_fingerprint()
         self.refresh(adapter_name)
-        self.fresh.discard(adapter_name)
+        self.fresh.pop(adapter_name, None)
 
     def refresh(self, adapter_name: str) -> None:
         """Derive `trpts_used` and `trpts_slots` from the columns."""
@@ -221,8 +222,13 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         """As of any module; what follows from each other still does, and the tensors before are let go."""
         current = [n for n, columns in self.trpts_columns.items() if _is_unchanged(columns, self._derived_from.get(n))]
         self._known_places.clear()
-        self._overwritten = {name: old.apply(fn) for name, old in self._overwritten.items()}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+        def keep_indices(tensor: Tensor) -> Tensor:  # which `Module.type` converts, too
+            moved: Tensor = fn(tensor)
+            return moved if tensor.is_floating_point() or moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        self._overwritten = {name: old.apply(keep_indices) for name, old in self._overwritten.items()}
+        super()._apply(keep_indices, recurse)  # type: ignore[no-untyped-call]
         self._derived_from = {n: (self.trpts_columns[n], _version(self.trpts_columns[n])) for n in current}
         return self
 
@@ -260,7 +266,7 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         super().delete_adapter(adapter_name)
         self._known_places.pop(adapter_name, None)
         self._derived_from.pop(adapter_name, None)
-        self.fresh.discard(adapter_name)
+        self.fresh.pop(adapter_name, None)
 
     def expect_file(self, adapter_name: str) -> None:
         """Put values that no file holds where a loader has to put the file's: what it leaves out is noticed."""
@@ -273,6 +279,7 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
             return
         count = self.trpts_columns[adapter_name].shape[1]
         self.trpts_columns[adapter_name] = self.magnitude_columns(count)
+        self.fresh[adapter_name] = digest(self.trpts_columns[adapter_name])
         self.trpts_fingerprint[adapter_name] = self.base_fingerprint()
         self.refresh(adapter_name)
 
@@ -293,10 +300,8 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
 
     def is_chosen(self, adapter_name: str) -> bool:
         """Whether calibration or a file has given the adapter its columns; a config alone gives their number only."""
-        columns, weight = self.trpts_columns[adapter_name], self.base_layer.weight
-        if adapter_name not in self.fresh or weight.is_meta or isinstance(weight, DTensor):
-            return True  # or there are no weights to tell by
-        return not torch.equal(columns, self.magnitude_columns(columns.shape[1]))
+        now = digest(self.trpts_columns[adapter_name])  # "" where there is nothing to tell by
+        return adapter_name not in self.fresh or not now or now != self.fresh[adapter_name]
 
     def magnitude_columns(self, count: int) -> Tensor:
         """The `count` inputs of largest |W| of each neuron: the choice before there is any data."""
@@ -435,7 +440,7 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
             _put_back(weight, entries)
             self._overwritten[name] = _Overwritten(places, overwritten, None if bias is None else bias.clone())
             if bias is not None:
-                bias.add_(converted(biases[name].data, bias.dtype))
+                bias.add_(biases[name].data)  # rounded to the dtype of the base's once, as in `forward`
             self.merged_adapters.append(name)
 
     def check_merge(self, adapter_names: list[str]) -> None:
@@ -444,13 +449,14 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         Raises:
             ValueError: an entry would not be finite, or a column is outside of the weight.
         """
-        weight, bias = self.base_layer.weight.data, self.base_layer.bias
+        base: Any = self.base_layer
+        weight, bias = base.weight.data, base.bias
         for name in [name for name in adapter_names if name in self.trpts_values]:
             self._derive_places(name)  # raises for columns outside of the weight, where `scatter` has words of its own
             weight = compose_weight(weight, self.trpts_columns[name], self.trpts_values[name].data, distinct=True)
             finite = bool(weight.gather(1, self.trpts_columns[name]).isfinite().all())
             if name in self.trpts_bias:
-                bias = bias.data + self.trpts_bias[name].data.to(bias.dtype)
+                bias = converted(bias.detach() + self.trpts_bias[name].data, bias.dtype)
                 finite = finite and bool(bias.isfinite().all())
             if not finite:
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")

@@ -25,6 +25,7 @@ from .config import TRPTSConfig
 from .data import check_loading, check_whole
 from .families import FAMILIES
 from .layer import TRPTSLinear, base_parameter
+from .sparse_linear import digest
 from .tuner_layer import PREFIX, TRPTSLayer
 from .vit import (
     AdapterTokenSelection,
@@ -128,7 +129,7 @@ class TRPTSModel(BaseTuner):
             init_weights=peft_config.init_weights,
             inference_mode=peft_config.inference_mode,
         )
-        layer.fresh.add(adapter_name)
+        layer.fresh[adapter_name] = digest(layer.trpts_columns[adapter_name])
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
@@ -342,7 +343,7 @@ class TRPTSModel(BaseTuner):
             tensors[key] = unpack_columns(tensors[key])
             if config.allow_other_base:  # the base was accepted: it is the adapter's from now on
                 tensors[f"{name}.trpts_fingerprint.{adapter_name}"] = layer.base_fingerprint()
-            layer.fresh.discard(adapter_name)
+            layer.fresh.pop(adapter_name, None)
         for key, own in saved_module_tensors(model, adapter_name).items():
             if key in tensors:
                 tensors[key] = tensors[key].to(own.dtype)  # loading on meta would keep the dtype of the file

@@ -53,6 +53,10 @@ def _undo_failed_loading() -> None:
     def load_adapter(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
         from .checkpoint import sizes_ignored  # anew in each call, as in `_undone`
 
+        config = self.peft_config.get(args[1] if len(args) > 1 else kwargs.get("adapter_name", ""))
+        if config is not None and config.peft_type == TRPTS and len(args) < 5:
+            # It has its dtype. PEFT would put parameters of 32 bits in the place of those in 16 that are trained.
+            kwargs.setdefault("autocast_adapter_dtype", False)
         with _undone(self), sizes_ignored(bool(kwargs.get("ignore_mismatched_sizes", False))):
             return loaded(self, *args, **kwargs)
 

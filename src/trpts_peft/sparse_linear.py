@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from .functional import tokens_with_gradient
 
 # fmt: off
 __all__ = [
-    "added_linear", "compose_weight", "converted", "flat_places", "index_columns", "keeps_used", "sparse_linear",
+    "added_linear", "compose_weight", "converted", "digest", "flat_places", "index_columns", "keeps_used",
+    "sparse_linear",
 ]
 # fmt: on
 
@@ -42,6 +44,13 @@ def flat_places(columns: Tensor, in_features: int) -> Tensor:
         )
     rows = torch.arange(columns.shape[0], device=columns.device).unsqueeze(1)
     return (rows * in_features + columns).flatten()
+
+
+def digest(columns: Tensor) -> str:
+    """Tells one choice of columns from another, on any device; "" where they have no entries here."""
+    if columns.is_meta or type(columns) is not Tensor:
+        return ""
+    return hashlib.blake2b(columns.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -216,7 +225,7 @@ def sparse_linear(
         weight: W, frozen, (out_features, in_features).
         bias: b, (out_features,), or None.
         columns: int64 (out_features, C).
-        values: (out_features, C), possibly of higher precision than `weight`, to which W + Δ is rounded.
+        values: (out_features, C), possibly of higher precision than `weight`, to which they are rounded, and the sum.
         used: int64 (U,), input columns that cover `columns`.
         slots: int64 (out_features, C), used[slots] = columns.
         bias_update: Δb, (out_features,), or None.

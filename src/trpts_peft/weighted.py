@@ -34,7 +34,7 @@ def sum_updates(
         rows are filled up with their lowest unused columns at value 0.
     """
     rows, device = updates[0][0].shape[0], updates[0][0].device
-    total = torch.zeros(rows, in_features, device=device)
+    total = torch.zeros(rows, in_features, dtype=torch.float32, device=device)
     touched = torch.zeros(rows, in_features, dtype=torch.bool, device=device)
     for (columns, values), weight in zip(updates, weights, strict=True):
         total.scatter_add_(1, columns, weight * values.detach().float())
@@ -125,11 +125,21 @@ def _sum_of(layer: Any, adapters: Sequence[str], weights: Sequence[float]) -> tu
     return sum_updates(updates, [weight for _, weight in present], layer.in_features)
 
 
+def _weighted_sum(terms: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """Σ w_i x_i in 32 bits at least: what is in 16 is rounded once, by who takes the sum."""
+    parts = [weight * tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)) for tensor, weight in terms]
+    return torch.stack(parts).sum(dim=0)
+
+
 @torch.no_grad()
 def _sum_biases(layer: Any, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
-    for name, weight in zip(adapters, weights, strict=True):
-        if name in layer.trpts_bias:
-            layer.trpts_bias[adapter_name].add_(weight * layer.trpts_bias[name])
+    present = [
+        (layer.trpts_bias[name], weight)
+        for name, weight in zip(adapters, weights, strict=True)
+        if name in layer.trpts_bias
+    ]
+    if present:
+        layer.trpts_bias[adapter_name].copy_(_weighted_sum(present))
 
 
 @torch.no_grad()
@@ -138,7 +148,9 @@ def _sum_modules(
 ) -> None:
     originals = dict(wrapper.original_module.named_parameters())
     for key, target in wrapper.modules_to_save[adapter_name].named_parameters():
-        for name, weight in zip(adapters, weights, strict=True):
-            if name in wrapper.modules_to_save:
-                trained = wrapper.modules_to_save[name].get_parameter(key)
-                target.add_(weight * (trained - originals[key]))
+        present = [
+            (wrapper.modules_to_save[name].get_parameter(key), weight)
+            for name, weight in zip(adapters, weights, strict=True)
+            if name in wrapper.modules_to_save
+        ]
+        target.copy_(_weighted_sum([*present, (originals[key], 1 - math.fsum(weight for _, weight in present))]))

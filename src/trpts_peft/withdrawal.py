@@ -49,7 +49,8 @@ class LoadCheck:
                 del model._forward_pre_hooks[key]
         for _, layer in adapted_linears(model, self.adapter_name):
             layer.refresh(self.adapter_name)
-            layer.fresh.discard(self.adapter_name)
+            if layer.is_chosen(self.adapter_name):  # else no loader has put anything there
+                layer.fresh.pop(self.adapter_name, None)
 
 
 def _trainable_before(model: nn.Module) -> frozenset[str]:

@@ -686,6 +686,20 @@ def test_a_file_goes_into_the_parameters_that_are_there(config: Any, kept: bool,
     assert {model.get_parameter(name) is p for name, p in trained.items()} == {kept}
 
 
+def test_values_in_32_bits_stay_so_on_a_base_in_16(tmp_path: Path) -> None:
+    model = get_peft_model(build_vit().bfloat16(), TRPTSConfig(token_layers=0))
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "default", is_trainable=True, low_cpu_mem_usage=True)  # puts the file's in their place
+    assert {p.dtype for name, p in model.named_parameters() if "trpts_" in name} == {torch.float32}
+
+
+def test_inputs_of_largest_weight_that_a_file_brought_are_chosen(saved: Path) -> None:
+    base = build_vit()
+    base.load_adapter(str(saved))
+    predict(base)  # checks the file
+    assert all(m.is_chosen("default") for m in base.modules() if isinstance(m, TRPTSLinear))
+
+
 def test_what_was_injected_without_a_file_is_not_taken_for_chosen() -> None:
     config = copy.deepcopy(adapted().peft_config["default"])
     base = inject_adapter_in_model(config, build_vit()).bfloat16()  # in which other weights are the largest

@@ -257,6 +257,8 @@ def test_products_that_float16_cannot_hold_count():
     key[:, :, 3] = -30.0
     importance = TF.cls_attention(query.half(), key.half(), 1e-4)
     torch.testing.assert_close(importance, TF.cls_attention(query, key, 1e-4))
+    with torch.autocast("cpu", torch.float16):
+        torch.testing.assert_close(TF.cls_attention(query, key, 1e-4), importance)
 
 
 # ---- eq. 9 ----
@@ -315,6 +317,15 @@ def test_select_and_merge_equals_a_loop(prefix, rate, count):
     expected, expected_kept = naive_select_and_merge(hidden, importance, count, prefix)
     assert torch.equal(kept, expected_kept)
     torch.testing.assert_close(refined, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_merged_token_in_16_bits_is_rounded_once(dtype, autocast):
+    hidden, importance = torch.randn(2, 101, 6).to(dtype), torch.rand(2, 100)
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        refined, _ = TF.select_and_merge(hidden, importance, 0.1)
+    assert torch.equal(refined, TF.select_and_merge(hidden.float(), importance, 0.1)[0].to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

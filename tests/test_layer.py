@@ -417,6 +417,14 @@ def test_a_merged_bias_is_rounded_once(dtype):
     assert torch.equal(layer(x), adapted)
 
 
+def test_a_merged_bias_that_overflows_is_refused():
+    layer = make(dtype=torch.float16)
+    layer.base_layer.bias.data.fill_(65000)
+    layer.trpts_bias["a"].data = torch.full((ROWS,), 1000.0)
+    with pytest.raises(ValueError, match="NaNs detected"):
+        layer.merge(safe_merge=True)
+
+
 def bias_elsewhere(layer):
     layer.base_layer.bias = nn.Parameter(torch.empty(ROWS, device="meta"), requires_grad=False)
 

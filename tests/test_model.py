@@ -133,6 +133,23 @@ def test_the_config_of_a_calibrated_adapter_makes_none(
     assert "not calibrated" not in repr(model) + caplog.text
 
 
+def test_a_training_step_does_not_look_at_the_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, looked = adapter(), []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: looked.append(x))
+    model.train()  # as transformers' Trainer says in each step
+    assert not looked
+
+
+def test_a_conversion_of_all_tensors_leaves_the_file_whole(tmp_path: Path) -> None:
+    model = adapter(token_layers=[1], keep_rate=0.95)
+    model.type(torch.bfloat16).save_pretrained(tmp_path)  # integers, too, says torch
+    loaded = PeftModel.from_pretrained(build_vit(), tmp_path)
+    columns = loaded.get_submodule("base_model.model.vit.layers.0.mlp.fc1").trpts_columns["default"]
+    assert torch.equal(
+        columns, adapter().get_submodule("base_model.model.vit.layers.0.mlp.fc1").trpts_columns["default"]
+    )
+
+
 def test_without_weights_nothing_is_said_of_a_config_used_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -76,7 +76,7 @@ def test_a_sum_is_as_precise_as_what_it_adds_up_on_a_16_bit_base() -> None:
         assert layer.trpts_values["sum"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.5, 0.5)])
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.3, 0.7)])
 def test_heads_and_biases_in_16_bits_are_summed_in_32(weights: tuple[float, float]) -> None:
     model = adapters({}, {}, base=build_vit().bfloat16())
     for layer in layers(model).values():
@@ -87,7 +87,8 @@ def test_heads_and_biases_in_16_bits_are_summed_in_32(weights: tuple[float, floa
         torch.testing.assert_close(layer.trpts_bias["sum"].detach(), sum(terms), rtol=0, atol=1e-6)
     head = model.base_model.model.classifier
     terms = [w * head.modules_to_save[name].weight.float() for name, w in zip("ab", weights, strict=True)]
-    assert torch.equal(head.modules_to_save["sum"].weight, sum(terms).bfloat16())
+    exact = head.modules_to_save["sum"].weight - sum(terms)
+    assert (exact.abs() <= 0.51 * 2**-7 * sum(terms).abs() + 1e-6).all()
 
 
 def test_a_default_dtype_changes_no_sum() -> None:

@@ -175,6 +175,11 @@ def top_connections(score: Tensor, count: int) -> Tensor:
     return chosen.nonzero()[:, 1].clone().view(-1, count)
 
 
+def _multiplies_in_16_bits(tensor: Tensor) -> bool:
+    """Whether a product of matrices would: by its dtype, or by autocast, which there is none of for meta."""
+    return tensor.element_size() < 4 or (not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type))
+
+
 def cls_attention(query: Tensor, key: Tensor, scaling: float, num_prefix_tokens: int = 1) -> Tensor:
     """Eqs. 7 and 8: the CLS token's row of the attention softmax, averaged over heads, prefix tokens dropped.
 
@@ -189,7 +194,7 @@ def cls_attention(query: Tensor, key: Tensor, scaling: float, num_prefix_tokens:
     first = query[:, :, :1]
     # A product of matrices would be exported to ONNX for one image, if it is given one; in 16 bits it would be rounded
     # to them, and be infinite where a fused attention is not.
-    if torch.onnx.is_in_onnx_export() or key.element_size() < 4:
+    if torch.onnx.is_in_onnx_export() or _multiplies_in_16_bits(key):
         products = (first.float() * key.float()).sum(dim=-1)
     else:
         products = torch.matmul(first, key.transpose(2, 3)).squeeze(2)
@@ -228,11 +233,12 @@ def select_and_merge(
     kept = _by_importance(importance)[:, :count].sort(dim=1).values
     prefix, tokens = hidden[:, :num_prefix_tokens], hidden[:, num_prefix_tokens:]
     selected = _selected(hidden, kept + num_prefix_tokens)
-    weights = _merge_weights(importance, kept).to(hidden.dtype)
-    if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):  # which would multiply in 16 bits
-        merged = (weights.unsqueeze(2) * tokens).sum(dim=1, keepdim=True).to(hidden.dtype)
+    weights = _merge_weights(importance, kept)
+    if _multiplies_in_16_bits(hidden):
+        merged = (weights.to(torch.promote_types(hidden.dtype, torch.float32)).unsqueeze(2) * tokens).sum(dim=1)
+        merged = merged.unsqueeze(1).to(hidden.dtype)
     else:
-        merged = torch.bmm(weights.unsqueeze(1), tokens)
+        merged = torch.bmm(weights.to(hidden.dtype).unsqueeze(1), tokens)
     return torch.cat([prefix, selected, merged], dim=1), kept
 
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from . import functional
 from .sparse_linear import added_linear, compose_weight, converted, digest, flat_places, index_columns, sparse_linear
-from .tuner_layer import TRPTSLayer
+from .tuner_layer import TRPTSLayer, integers_stay
 
 __all__ = ["TRPTSLinear", "base_parameter"]
 
@@ -171,12 +171,12 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         inference_mode: bool = False,
     ) -> None:
         """Give the adapter these columns (out_features, C), with an update of zero (or, for tests, a random one)."""
-        values = torch.zeros(columns.shape) if init_weights else torch.randn(columns.shape)
+        start = torch.zeros if init_weights else torch.randn
+        values = start(columns.shape, dtype=torch.float32)
         self.trpts_columns[adapter_name] = columns
         self.trpts_values[adapter_name] = nn.Parameter(values)
         if train_bias and self.base_layer.bias is not None:
-            bias = torch.zeros(self.out_features) if init_weights else torch.randn(self.out_features)
-            self.trpts_bias[adapter_name] = nn.Parameter(bias)
+            self.trpts_bias[adapter_name] = nn.Parameter(start(self.out_features, dtype=torch.float32))
         self.trpts_fingerprint[adapter_name] = self.base_fingerprint()
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.refresh(adapter_name)
@@ -222,13 +222,9 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         """As of any module; what follows from each other still does, and the tensors before are let go."""
         current = [n for n, columns in self.trpts_columns.items() if _is_unchanged(columns, self._derived_from.get(n))]
         self._known_places.clear()
-
-        def keep_indices(tensor: Tensor) -> Tensor:  # which `Module.type` converts, too
-            moved: Tensor = fn(tensor)
-            return moved if tensor.is_floating_point() or moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        self._overwritten = {name: old.apply(keep_indices) for name, old in self._overwritten.items()}
-        super()._apply(keep_indices, recurse)  # type: ignore[no-untyped-call]
+        fn = integers_stay(fn)
+        self._overwritten = {name: old.apply(fn) for name, old in self._overwritten.items()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._derived_from = {n: (self.trpts_columns[n], _version(self.trpts_columns[n])) for n in current}
         return self
 
@@ -271,6 +267,7 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
     def expect_file(self, adapter_name: str) -> None:
         """Put values that no file holds where a loader has to put the file's: what it leaves out is noticed."""
         self.trpts_columns[adapter_name] = torch.full_like(self.trpts_columns[adapter_name], -1)
+        self.fresh[adapter_name] = digest(self.trpts_columns[adapter_name])
         self.trpts_fingerprint[adapter_name] = torch.full_like(self.trpts_fingerprint[adapter_name], float("nan"))
 
     def expect_no_file(self, adapter_name: str) -> None:
@@ -300,8 +297,10 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
 
     def is_chosen(self, adapter_name: str) -> bool:
         """Whether calibration or a file has given the adapter its columns; a config alone gives their number only."""
-        now = digest(self.trpts_columns[adapter_name])  # "" where there is nothing to tell by
-        return adapter_name not in self.fresh or not now or now != self.fresh[adapter_name]
+        if adapter_name not in self.fresh:  # as of all that train, which are asked in each step
+            return True
+        now = digest(self.trpts_columns[adapter_name])
+        return not now or now != self.fresh[adapter_name]
 
     def magnitude_columns(self, count: int) -> Tensor:
         """The `count` inputs of largest |W| of each neuron: the choice before there is any data."""

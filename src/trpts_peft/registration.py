@@ -53,9 +53,8 @@ def _undo_failed_loading() -> None:
     def load_adapter(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
         from .checkpoint import sizes_ignored  # anew in each call, as in `_undone`
 
-        config = self.peft_config.get(args[1] if len(args) > 1 else kwargs.get("adapter_name", ""))
-        if config is not None and config.peft_type == TRPTS and len(args) < 5:
-            # It has its dtype. PEFT would put parameters of 32 bits in the place of those in 16 that are trained.
+        if len(args) < 5 and _is_kept_in_16_bits(self, args[1] if len(args) > 1 else kwargs.get("adapter_name", "")):
+            # PEFT would put parameters of 32 bits in the place of those that an optimizer may have.
             kwargs.setdefault("autocast_adapter_dtype", False)
         with _undone(self), sizes_ignored(bool(kwargs.get("ignore_mismatched_sizes", False))):
             return loaded(self, *args, **kwargs)
@@ -68,6 +67,13 @@ def _undo_failed_loading() -> None:
     patched: Any = PeftModel
     patched.add_adapter, patched.load_adapter = add_adapter, load_adapter
     patched.from_pretrained = classmethod(from_pretrained)
+
+
+def _is_kept_in_16_bits(model: PeftModel, adapter_name: str) -> bool:
+    from .layer import TRPTSLinear  # anew in each call, as in `_undone`
+
+    layers = [m for m in model.modules() if isinstance(m, TRPTSLinear) and adapter_name in m.trpts_values]
+    return any(part.dtype.itemsize < 4 for layer in layers for part in layer.trained_parts(adapter_name))
 
 
 def _undone(model: nn.Module) -> AbstractContextManager[None]:

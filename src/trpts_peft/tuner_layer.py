@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from collections.abc import Callable
 
-__all__ = ["MODEL_PREFIX", "PREFIX", "TRPTSLayer"]
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+
+__all__ = ["MODEL_PREFIX", "PREFIX", "TRPTSLayer", "integers_stay"]
 
 PREFIX = "trpts_"  # transformers' `delete_adapter` derives it from the name of the method
 MODEL_PREFIX = "base_model.model."  # of names in a PeftModel and in files; none where an adapter was injected directly
@@ -18,3 +21,13 @@ class TRPTSLayer(BaseTunerLayer):
     """
 
     adapter_layer_names: tuple[str, ...] = ("trpts_values", "trpts_bias")
+
+
+def integers_stay(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """For `Module._apply`: as `fn`, but indices and counts keep their dtype, which `Module.type` would convert, too."""
+
+    def apply(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        return moved if tensor.is_floating_point() or moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+    return apply

@@ -20,7 +20,7 @@ from .change_of_class import become, has_own_forward
 from .families import FAMILIES, Family, find_blocks, find_family, num_prefix_tokens
 from .functional import cls_attention, select_and_merge
 from .masks import fit_mask, refuse_padding
-from .tuner_layer import TRPTSLayer
+from .tuner_layer import TRPTSLayer, integers_stay
 
 __all__ = [
     "AdapterTokenSelection",
@@ -147,6 +147,11 @@ class AdapterTokenSelection(TokenSelection, TRPTSLayer):
     def expect_no_file(self, adapter_name: str) -> None:
         """Take `expect_file` back."""
         self.set_rate(adapter_name, self.own_rate(adapter_name))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AdapterTokenSelection:
+        """As of any module, but rates stay whole numbers."""
+        super()._apply(integers_stay(fn), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def follow(self, layer: TRPTSLayer) -> None:
         """Take over from another layer which adapter is active, and whether it is disabled."""

@@ -127,8 +127,11 @@ def _sum_of(layer: Any, adapters: Sequence[str], weights: Sequence[float]) -> tu
 
 def _weighted_sum(terms: Sequence[tuple[Tensor, float]]) -> Tensor:
     """Σ w_i x_i in 32 bits at least: what is in 16 is rounded once, by who takes the sum."""
-    parts = [weight * tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)) for tensor, weight in terms]
-    return torch.stack(parts).sum(dim=0)
+    return torch.stack([weight * _widened(tensor) for tensor, weight in terms]).sum(dim=0)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 @torch.no_grad()
@@ -153,4 +156,5 @@ def _sum_modules(
             for name, weight in zip(adapters, weights, strict=True)
             if name in wrapper.modules_to_save
         ]
-        target.copy_(_weighted_sum([*present, (originals[key], 1 - math.fsum(weight for _, weight in present))]))
+        original = _widened(originals[key])
+        target.copy_(original + _weighted_sum([(_widened(part) - original, weight) for part, weight in present]))

@@ -686,6 +686,17 @@ def test_a_file_goes_into_the_parameters_that_are_there(config: Any, kept: bool,
     assert {model.get_parameter(name) is p for name, p in trained.items()} == {kept}
 
 
+@pytest.mark.parametrize("asked", [(True, None, True), {"autocast_adapter_dtype": True}], ids=["by place", "by name"])
+def test_who_asks_for_32_bits_gets_them(asked: Any, tmp_path: Path) -> None:
+    model = get_peft_model(build_vit().bfloat16(), TRPTSConfig(token_layers=0), autocast_adapter_dtype=False)
+    model.save_pretrained(tmp_path)
+    if isinstance(asked, dict):
+        model.load_adapter(tmp_path, "default", **asked)
+    else:
+        model.load_adapter(tmp_path, "default", *asked)
+    assert {p.dtype for name, p in model.named_parameters() if "trpts_" in name} == {torch.float32}
+
+
 def test_values_in_32_bits_stay_so_on_a_base_in_16(tmp_path: Path) -> None:
     model = get_peft_model(build_vit().bfloat16(), TRPTSConfig(token_layers=0))
     model.save_pretrained(tmp_path)

@@ -337,6 +337,11 @@ def test_autocast_leaves_the_merged_token_alone(dtype):
     torch.testing.assert_close(refined, TF.select_and_merge(hidden, importance, 0.5)[0], rtol=1e-6, atol=1e-6)
 
 
+def test_tokens_without_entries_are_merged_in_shape():
+    refined, kept = TF.select_and_merge(torch.empty(2, 11, 6, device="meta"), torch.empty(2, 10, device="meta"), 0.5)
+    assert (refined.shape, kept.shape) == ((2, 7, 6), (2, 5))
+
+
 def test_kept_tokens_and_prefix_are_untouched():
     hidden, importance = torch.randn(2, 11, 6), torch.rand(2, 10)
     refined, kept = TF.select_and_merge(hidden, importance, 0.6)

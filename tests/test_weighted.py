@@ -91,6 +91,15 @@ def test_heads_and_biases_in_16_bits_are_summed_in_32(weights: tuple[float, floa
     assert (exact.abs() <= 0.51 * 2**-7 * sum(terms).abs() + 1e-6).all()
 
 
+def test_a_head_that_nobody_trained_stays_the_bases() -> None:
+    model = adapters({}, {})
+    head = model.base_model.model.classifier
+    for name in "ab":
+        head.modules_to_save[name].load_state_dict(head.original_module.state_dict())
+    model.base_model.add_weighted_adapter(["a", "b"], [0.3, -1.7], "sum")
+    assert torch.equal(head.modules_to_save["sum"].weight, head.original_module.weight)
+
+
 def test_a_default_dtype_changes_no_sum() -> None:
     update = torch.tensor([[1]]), torch.tensor([[1.0]])
     torch.set_default_dtype(torch.bfloat16)

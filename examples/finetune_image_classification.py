@@ -68,6 +68,7 @@ def main() -> None:
         id2label=dict(enumerate(labels)),
         label2id={label: index for index, label in enumerate(labels)},
         ignore_mismatched_sizes=True,
+        dtype="float32",  # the head trains in the dtype of the file otherwise
     )
 
     # The three lines that make it TR-PTS. calibrate comes before training: it gives parameters another shape.

@@ -96,6 +96,24 @@ def test_without_token_selection_there_is_nothing_to_decide(tmp_path: Path, opti
     torch.testing.assert_close(predict(merged), predict(model), rtol=1e-5, atol=1e-5)
 
 
+def test_a_base_in_16_bits_loses_nothing_of_the_updates(tmp_path: Path) -> None:
+    write_base(tmp_path / "base")
+    ViTForImageClassification.from_pretrained(tmp_path / "base", dtype=torch.bfloat16).save_pretrained(
+        tmp_path / "base"
+    )
+    base = ViTForImageClassification.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    model = get_peft_model(base, TRPTSConfig(modules_to_save=["classifier"]))
+    for name, parameter in model.named_parameters():
+        if "trpts_" in name:
+            parameter.data.normal_(std=1e-4)  # less than half a step of bfloat16
+    model.save_pretrained(tmp_path / "adapter")
+    loaded, _ = load_adapted(tmp_path / "adapter")
+    assert torch.equal(predict(loaded), predict(model))
+    merge_into_checkpoint(tmp_path / "adapter", tmp_path / "merged")
+    merged = ViTForImageClassification.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(predict(merged), predict(model), rtol=1e-6, atol=1e-6)
+
+
 def test_token_selection_is_not_dropped_silently(tmp_path: Path) -> None:
     adapter(tmp_path, **SELECTING)
     with pytest.raises(ValueError, match=r"`token_selection` must be 'keep' or 'drop' .* got None"):

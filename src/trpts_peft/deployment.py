@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import torch
 from peft import PeftModel
 from transformers import AutoImageProcessor
 
@@ -20,7 +21,7 @@ __all__ = ["draw_adapters", "labels_of", "load_adapted", "merge_into_checkpoint"
 
 
 def load_adapted(folder: Path) -> tuple[PeftModel, Any]:
-    """The base model with the adapter in `folder`, in eval mode, and its image processor.
+    """The base model with the adapter in `folder`, in 32 bits and eval mode, and its image processor.
 
     Raises:
         ValueError: the base model cannot be had, or the adapter does not fit it.
@@ -32,7 +33,7 @@ def load_adapted(folder: Path) -> tuple[PeftModel, Any]:
         own = base_config(folder, config)
         if heads and own.num_labels != len(heads[0]):
             own.num_labels = len(heads[0])
-        base = load_whole(source, config=own, trust_remote_code=False)
+        base = load_whole(source, config=own, trust_remote_code=False, dtype=torch.float32)
         processor = AutoImageProcessor.from_pretrained(
             folder if (folder / "preprocessor_config.json").is_file() else source, trust_remote_code=False
         )
@@ -47,7 +48,7 @@ def load_adapted(folder: Path) -> tuple[PeftModel, Any]:
 
 
 def merge_into_checkpoint(folder: Path, output: Path, token_selection: Literal["keep", "drop"] | None = None) -> bool:
-    """Merge the adapter in `folder` into its base, and save that as transformers saves a model.
+    """Merge the adapter in `folder` into its base in 32 bits, and save that as transformers saves a model.
 
     Args:
         folder: of the adapter.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,8 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from conftest import build_images, build_vit, needs_adapter_methods
-from trpts_peft import TRPTSConfig, calibrate
-from trpts_peft.checkpoint import pack_columns, unpack_columns
+from trpts_peft import TRPTSConfig, calibrate, withdrawal
+from trpts_peft.checkpoint import check_adapter, pack_columns, unpack_columns
 from trpts_peft.layer import TRPTSLinear
 
 LINEAR = "base_model.model.vit.layers.1.mlp.fc1"
@@ -732,6 +734,11 @@ def test_resumed_columns_reach_forward_and_backward(saved: Path, logits: Tensor)
     assert torch.equal(*gradients)
 
 
+def test_a_part_of_the_adapters_model_is_told_where_it_belongs(saved: Path) -> None:
+    with pytest.raises(ValueError, match=r"made for another model; load it into that one, .* is vit\.layers\.0\."):
+        PeftModel.from_pretrained(build_vit().vit, saved)
+
+
 def test_adapter_of_an_uncalibrated_config(tmp_path: Path) -> None:
     model = get_peft_model(build_vit(), TRPTSConfig(target_modules=["fc1"], token_layers=[1], keep_rate=0.5))
     randomize(model, 0)
@@ -740,6 +747,42 @@ def test_adapter_of_an_uncalibrated_config(tmp_path: Path) -> None:
 
 
 # ---- names and leftovers ----
+
+
+@needs_adapter_methods
+def test_first_passes_that_come_together_wait_for_one_check(
+    saved: Path, logits: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, came, checks = build_vit().eval(), threading.Semaphore(0), 0
+    base.load_adapter(str(saved))
+
+    class Counting:
+        """A lock, around which it can be counted who came, let in or not."""
+
+        lock = threading.Lock()
+
+        def __enter__(self) -> None:
+            came.release()
+            self.lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            self.lock.release()
+
+    def check(*args: Any) -> None:
+        nonlocal checks
+        checks += 1
+        pool.submit(lambda: outputs.append(predict(base)))
+        assert came.acquire(timeout=60) and came.acquire(timeout=60)
+        check_adapter(*args)
+
+    monkeypatch.setattr(withdrawal, "_checking", Counting())
+    monkeypatch.setattr(withdrawal, "check_adapter", check)
+    outputs: list[Tensor] = []
+    with ThreadPoolExecutor(1) as pool:
+        outputs.append(predict(base))
+    assert checks == 1
+    assert len(outputs) == 2
+    assert all(torch.equal(output, logits) for output in outputs)
 
 
 @needs_adapter_methods

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from accelerate import load_checkpoint_in_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from trpts_peft.layer import TRPTSLinear
 from trpts_peft.sparse_linear import index_columns, keeps_used
@@ -221,6 +222,56 @@ def test_mixed_batches_use_each_samples_own_adapter():
     for i, name in enumerate(names):
         expected = reference(layer, x[i], *([] if name == "__base__" else [name]))
         torch.testing.assert_close(y[i], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("names", [["b", "__base__", "a", "b"], ["b"] * 4, ["__base__"] * 4])
+def test_mixed_batches_take_no_more_products_than_others(names):
+    layer, x = make("a", "b"), inputs()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        layer(x, adapter_names=names)
+    assert counter.get_total_flops() == 2 * x.numel() * ROWS
+
+
+@pytest.mark.parametrize("names", [["b", "__base__", "a", "b"], ["b"] * 4, ["__base__"] * 4])
+def test_hooks_on_the_base_see_a_mixed_batch_once(names):
+    layer, x, seen = make("a", "b"), inputs(), []
+    expected = layer(x, adapter_names=names)
+    layer.base_layer.register_forward_hook(lambda _module, args, output: seen.append((args[0], output)))
+    y = layer(x, adapter_names=names)
+    ((hooked, _),) = seen
+    assert torch.equal(hooked, x)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_batches_in_16_bits_and_under_autocast(dtype, hooked):
+    names = ["b", "__base__", "a", "b"]
+    for layer, x in ((make("a", "b", dtype=dtype), inputs(dtype)), (make("a", "b"), inputs())):
+        if hooked:
+            layer.base_layer.register_forward_hook(lambda *_: None)
+        with torch.autocast("cpu", dtype=dtype):
+            y = layer(x, adapter_names=names)
+        assert y.dtype == dtype
+        for i, name in enumerate(names):
+            expected = reference(layer, x[i], *([] if name == "__base__" else [name])).to(dtype)
+            torch.testing.assert_close(y[i], expected, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_gradients_of_mixed_batches_are_those_of_each_samples_own_adapter(hooked):
+    layer, x, names = make("a", "b"), inputs(), ["b", "__base__", "a", "b"]
+    if hooked:
+        layer.base_layer.register_forward_hook(lambda *_: None)
+    layer.set_adapter(["a", "b"])
+    grad_output = torch.randn(4, 5, ROWS)
+    layer(x, adapter_names=names).backward(grad_output)
+    for name in ("a", "b"):
+        rows = [i for i, other in enumerate(names) if other == name]
+        grad_rows, own = grad_output[rows].flatten(0, 1), x[rows].flatten(0, 1)
+        expected = (grad_rows.T @ own).gather(1, layer.trpts_columns[name])
+        torch.testing.assert_close(layer.trpts_values[name].grad, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(layer.trpts_bias[name].grad, grad_rows.sum(0), rtol=1e-5, atol=1e-5)
 
 
 def test_mixed_batches_are_refused_where_they_cannot_be_right():

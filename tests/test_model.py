@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from transformers import PreTrainedConfig, ViTForImageClassification
+from transformers import PreTrainedConfig, ViTForImageClassification, ViTModel
 
 from conftest import LabelledImages, build_images, build_vit, needs_adapter_methods
 from trpts_peft import TRPTSConfig, apply_token_selection, calibrate
@@ -384,6 +384,25 @@ def test_merge_and_unload_goes_on_selecting(family: str) -> None:
     assert keep_rates_in_force(merged) == {1: 0.5}
     assert merged.state_dict().keys() == build_vit(family).state_dict().keys()
     assert merged.config.trpts_keep_rates == {"1": 0.5}
+
+
+def test_rates_stand_in_the_config_of_a_vit_within_another_module(tmp_path: Path) -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vit = build_vit().vit
+            self.one, self.other = nn.Linear(32, 2), nn.Linear(32, 3)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            tokens = self.vit(images).last_hidden_state[:, 0]
+            return torch.cat([self.one(tokens), self.other(tokens)], dim=1)
+
+    model = get_peft_model(Heads(), TRPTSConfig(target_modules=["fc1"], token_layers=[1], keep_rate=0.5))
+    merged = model.merge_and_unload()
+    merged.vit.save_pretrained(tmp_path)
+    loaded = ViTModel.from_pretrained(tmp_path)
+    apply_token_selection(loaded)
+    assert keep_rates_in_force(loaded) == keep_rates_in_force(merged) == {1: 0.5}
 
 
 def test_merge_and_unload_without_tokens_says_so(caplog: pytest.LogCaptureFixture) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from collections import defaultdict
+from typing import Any, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from . import functional
+from .merging import Overwritten, add_at, base_parameter, write_at
 from .sparse_linear import added_linear, compose_weight, converted, digest, flat_places, index_columns, sparse_linear
 from .tuner_layer import TRPTSLayer, integers_stay
 
-__all__ = ["TRPTSLinear", "base_parameter"]
+__all__ = ["TRPTSLinear"]
 
 _FINGERPRINT_SIZE = 64
 _GOLDEN = 2654435769  # 2³² over the golden ratio
@@ -48,24 +49,14 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
+def _has_to_be_called(base: nn.Module, weight: Tensor) -> bool:
+    """Whether the base layer does more than to multiply by a frozen weight; the update is added to its output then."""
+    return type(base) is not nn.Linear or weight.requires_grad or _has_hooks(base)
+
+
 def _autocasts(x: Tensor) -> bool:
     """Whether autocast would convert the input of a linear; it leaves float64 alone, and there is none for meta."""
     return not x.is_meta and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
-
-
-class _Overwritten(NamedTuple):
-    """What `merge` has overwritten: where among all entries of the weight, those entries, and a bias that trains."""
-
-    places: Tensor
-    entries: Tensor
-    bias: Tensor | None
-
-    def apply(self, fn: Callable[[Tensor], Tensor]) -> _Overwritten:
-        return _Overwritten(fn(self.places), fn(self.entries), None if self.bias is None else fn(self.bias))
-
-    def beside(self, weight: Tensor) -> _Overwritten:
-        """On the device of a weight, which accelerate moves past every method of a module."""
-        return self if self.places.device == weight.device else self.apply(lambda tensor: tensor.to(weight.device))
 
 
 def _refill(parameter: nn.Parameter, entries: Tensor) -> None:
@@ -78,12 +69,6 @@ def _refill(parameter: nn.Parameter, entries: Tensor) -> None:
     parameter.data, parameter.grad = entries, None
 
 
-def _put_back(weight: Tensor, entries: Tensor) -> None:
-    """Write the entries of a weight that is not contiguous back to it; `flatten` had to copy them."""
-    if not weight.is_contiguous():
-        weight.copy_(entries.view_as(weight))
-
-
 def _version(tensor: Tensor) -> int:
     """How often a tensor was written to; those of inference mode do not count, and are taken for changed each time."""
     return -1 if tensor.is_inference() else tensor._version
@@ -92,29 +77,6 @@ def _version(tensor: Tensor) -> int:
 def _is_unchanged(tensor: Tensor, known: tuple[Any, ...] | None) -> bool:
     """Whether it is the tensor that something was derived from, and had been written to as often as now."""
     return known is not None and known[0] is tensor and known[1] == _version(tensor) >= 0
-
-
-def base_parameter(base: nn.Module, name: str) -> nn.Parameter:
-    """A weight or bias of the base layer to write to, past the slow lookup of nn.Module unless a wrapper has it.
-
-    Raises:
-        ValueError: it has no entries here.
-        TypeError: it is computed from others at each call.
-    """
-    parameter = base._parameters.get(name)
-    if parameter is None:
-        parameter = getattr(base, name)
-        if not isinstance(parameter, nn.Parameter):
-            raise TypeError(
-                f"`model` must hold the weights that merging writes to, got a {name} that is computed from others at "
-                "each call: remove the parametrization first."
-            )
-    if parameter.is_meta:
-        raise ValueError(
-            f"`model` must hold the weights that merging writes to, got a {name} without entries, on the meta device "
-            "or offloaded with all of its adapted linear: merge before it is offloaded, or in a model loaded anew."
-        )
-    return parameter
 
 
 class TRPTSLinear(nn.Module, TRPTSLayer):
@@ -152,7 +114,7 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         # Digests of the columns of adapters that were injected, but neither calibrated nor loaded since.
         self.fresh: dict[str, str] = {}
         # No buffers: DDP, for one, wants the same ones in every process, merged there or not.
-        self._overwritten: dict[str, _Overwritten] = {}  # by adapters that are merged
+        self._overwritten: dict[str, Overwritten] = {}  # by adapters that are merged
         # The columns that `trpts_used` and `trpts_slots` follow from, and their version at that time.
         self._derived_from: dict[str, tuple[Tensor, int]] = {}
         # The same of the columns merged last, and their places, for the next merge.
@@ -297,10 +259,11 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
 
     def is_chosen(self, adapter_name: str) -> bool:
         """Whether calibration or a file has given the adapter its columns; a config alone gives their number only."""
-        if adapter_name not in self.fresh:  # as of all that train, which are asked in each step
+        injected = self.fresh.get(adapter_name)
+        if injected is None:  # as of all that train, which are asked in each step
             return True
         now = digest(self.trpts_columns[adapter_name])
-        return not now or now != self.fresh[adapter_name]
+        return not now or now != injected
 
     def magnitude_columns(self, count: int) -> Tensor:
         """The `count` inputs of largest |W| of each neuron: the choice before there is any data."""
@@ -348,14 +311,19 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
     def _adapted_forward(self, x: Tensor, names: list[str]) -> Tensor:
         base: Any = self._modules["base_layer"]
         weight = _parameter(base, "weight")
+        if _has_to_be_called(base, weight):
+            return self._add_updates(self._base_forward(x), x, names)
         (columns, values, used, slots), bias_update = self._update(names), self._bias_update(names)
-        if type(base) is not nn.Linear or weight.requires_grad or _has_hooks(base):
-            y = added_linear(self._base_forward(x), x, values, used, slots)
-            return y if bias_update is None else y + bias_update.to(y.dtype)
         if _autocasts(x):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bias, distinct = _parameter(base, "bias"), len(names) == 1
         return sparse_linear(x, weight, bias, columns, values, used, slots, bias_update, distinct=distinct)
+
+    def _add_updates(self, y: Tensor, x: Tensor, names: list[str]) -> Tensor:
+        """y + x Δᵀ + Δb, where y is what the base layer makes of x."""
+        (_, values, used, slots), bias_update = self._update(names), self._bias_update(names)
+        y = added_linear(y, x, values, used, slots)
+        return y if bias_update is None else y + bias_update.to(y.dtype)
 
     def _mixed_batch_forward(self, x: Tensor, adapter_names: list[str]) -> Tensor:
         if self.merged:
@@ -367,12 +335,26 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(adapter_names)} and {len(x)} respectively."
             )
-        y = self._base_forward(x)
-        for name in dict.fromkeys(adapter_names):
-            if name in self.trpts_values:
-                rows = [i for i, other in enumerate(adapter_names) if other == name]
-                y[rows] = self._adapted_forward(x[rows], [name]).to(y.dtype)
+        rows: dict[str, list[int]] = defaultdict(list)
+        for row, name in enumerate(adapter_names):
+            rows[name if name in self.trpts_values else ""].append(row)
+        if len(rows) <= 1:
+            return self._own_forward(x, *rows)
+        if _has_to_be_called(self.base_layer, self.base_layer.weight):  # once, with all samples
+            y = self._base_forward(x)
+            for name, own in rows.items():
+                if name:
+                    y[own] = self._add_updates(y[own], x[own], [name]).to(y.dtype)
+            return y
+        parts = {name: self._own_forward(x[own], name) for name, own in rows.items()}
+        first = next(iter(parts.values()))
+        y = first.new_empty(len(x), *first.shape[1:])
+        for name, part in parts.items():
+            y[rows[name]] = part
         return y
+
+    def _own_forward(self, x: Tensor, name: str = "") -> Tensor:
+        return self._adapted_forward(x, [name]) if name else self._base_forward(x)
 
     def _update(self, names: list[str]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Columns, values, used columns and slots of all the named adapters side by side: their updates add up."""
@@ -427,17 +409,10 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         if safe_merge:
             self.check_merge(names)
         weight = base_parameter(base, "weight").data
-        entries = weight.flatten()  # those of the weight itself, unless it is not contiguous
         for name in names:
             places, bias = self._derive_places(name), base_parameter(base, "bias").data if name in biases else None
-            overwritten = entries.index_select(0, places)
-            updates = converted(all_values[name].data, weight.dtype).flatten()
-            if weight.device.type == "cpu":
-                entries.index_add_(0, places, updates)
-            else:  # a GPU that adds in 16 bits may write to the entry beside, too
-                entries.index_copy_(0, places, overwritten + updates)
-            _put_back(weight, entries)
-            self._overwritten[name] = _Overwritten(places, overwritten, None if bias is None else bias.clone())
+            entries = add_at(weight, places, all_values[name].data)
+            self._overwritten[name] = Overwritten(places, entries, None if bias is None else bias.clone())
             if bias is not None:
                 bias.add_(biases[name].data)  # rounded to the dtype of the base's once, as in `forward`
             self.merged_adapters.append(name)
@@ -467,14 +442,10 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
             return
         base = cast(nn.Module, self._modules["base_layer"])
         weight = base_parameter(base, "weight").data
-        entries = weight.flatten()
         while self.merged_adapters:
             name = self.merged_adapters[-1]
             old = self._overwritten[name].beside(weight)
-            if weight.device.type == "cpu":  # its memory answers many reads at a time, writes one after the other
-                entries.index_select(0, old.places)
-            entries.index_copy_(0, old.places, old.entries)
-            _put_back(weight, entries)
+            write_at(weight, old.places, old.entries)
             if old.bias is not None:
                 base_parameter(base, "bias").data.copy_(old.bias)
             del self._overwritten[name]

@@ -24,7 +24,8 @@ from .checkpoint import adapted_linears, check_file, pack_columns, saved_module_
 from .config import TRPTSConfig
 from .data import check_loading, check_whole
 from .families import FAMILIES
-from .layer import TRPTSLinear, base_parameter
+from .layer import TRPTSLinear
+from .merging import base_parameter
 from .sparse_linear import digest
 from .tuner_layer import PREFIX, TRPTSLayer
 from .vit import (
@@ -484,7 +485,9 @@ def _check_target(config: TRPTSConfig, name: str, module: nn.Module) -> None:
         return
     count = config.connections.get(name)
     if count is None or count > module.in_features:
+        outer = next((other for other in config.connections if other.endswith(f".{name}")), None)
+        remedy = "use `calibrate` on this one" if outer is None else f"load it into that one, where this is {outer}"
         raise ValueError(
             f"`connections` must hold a number from 1 to {module.in_features} for {name}, got {count}: the config was "
-            "made for another model; use `calibrate` on this one."
+            f"made for another model; {remedy}."
         )

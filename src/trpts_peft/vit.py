@@ -402,7 +402,7 @@ def forget_token_selection(model: nn.Module) -> None:
         if getattr(block, _CHILD, None) is not None:
             delattr(block, _CHILD)
     _refresh_classes(_blocks_of(model))
-    _write_rates(getattr(model, "config", None), {})
+    _write_rates(_config_of(model), {})
 
 
 def set_token_selection(model: nn.Module, enabled: bool) -> None:
@@ -441,7 +441,7 @@ def apply_token_selection(model: nn.Module, keep_rates: Mapping[int, float] | No
         ValueError: no rates are given and the config has none, a rate or an index is out of range, the model is not
             supported, or it holds an adapter. Nothing is changed.
     """
-    config = cast(Any, getattr(model, "config", None))
+    config = _config_of(model)
     if any(isinstance(module, TRPTSLayer) for module in model.modules()):
         raise ValueError("`model` must hold no TR-PTS adapter, got one that does: call `merge_and_unload()` first.")
     if keep_rates is None:
@@ -471,6 +471,14 @@ def _checked_rates(model: nn.Module, keep_rates: Mapping[Any, Any]) -> dict[int,
         rates[int(index)] = float(rate)  # JSON turns the indices into strings
     check_token_layers(model, sorted(rates), argument="keep_rates")
     return rates
+
+
+def _config_of(model: nn.Module) -> Any:
+    """The config of a model, or, where it has none, of the one ViT that it holds; None where there is no such one."""
+    if hasattr(model, "config"):
+        return model.config
+    configs = {id(config): config for _, block in find_blocks(model) for config in [cast(Any, block).attention.config]}
+    return next(iter(configs.values())) if len(configs) == 1 else None
 
 
 def _write_rates(config: Any, rates: Mapping[int, float]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -20,6 +21,8 @@ from .vit import drop_idle_selections
 
 __all__ = ["LoadCheck", "restore_modules", "restore_trainable", "trainable_names", "withdrawn_on_failure"]
 
+_checking = threading.Lock()  # of all checks, not of each, which could be neither copied nor pickled
+
 
 class LoadCheck:
     """Forward pre-hook of a model that an adapter was injected into directly: checks it once, before the first pass."""
@@ -37,6 +40,11 @@ class LoadCheck:
                     "compiled model: run one forward pass first."
                 )
             return
+        with _checking:  # the first requests of a server may come together
+            if self in model._forward_pre_hooks.values():
+                self._check(model)
+
+    def _check(self, model: nn.Module) -> None:
         config = getattr(model, "peft_config", {}).get(self.adapter_name)
         try:
             if isinstance(config, TRPTSConfig):
@@ -44,13 +52,13 @@ class LoadCheck:
         except Exception:
             withdraw(model, self.adapter_name, active=self.active)
             raise
-        for key, hook in list(model._forward_pre_hooks.items()):
-            if hook is self:
-                del model._forward_pre_hooks[key]
         for _, layer in adapted_linears(model, self.adapter_name):
             layer.refresh(self.adapter_name)
             if layer.is_chosen(self.adapter_name):  # else no loader has put anything there
                 layer.fresh.pop(self.adapter_name, None)
+        for key, hook in list(model._forward_pre_hooks.items()):  # last: until then other threads wait for what it does
+            if hook is self:
+                del model._forward_pre_hooks[key]
 
 
 def _trainable_before(model: nn.Module) -> frozenset[str]:

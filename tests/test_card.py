@@ -35,6 +35,16 @@ def snippet_of(card):
     return code
 
 
+def test_names_from_a_config_are_neither_code_nor_markup():
+    config = TRPTSConfig(base_model_name_or_path="a/b\n<script>`x`\n```python\nimport os\n[c](javascript:d)")
+    text = describe_adapter(config, {}, "ViT\nimport os")
+    heading, _, rest = text.partition("\n\n")
+    assert heading == "# TR-PTS adapter of a/b--script--x-----python-import os--c--javascript:d-"
+    (code,) = re.findall(r"```python\n(.*?)```", rest, re.DOTALL)
+    assert "AutoModelForImageClassification.from_pretrained" in code
+    assert "\nimport os" not in code
+
+
 def test_the_front_matter_says_what_it_is(saved):
     _, folder = saved
     data = ModelCard.load(folder / "README.md").data

@@ -23,7 +23,7 @@ from peft import (
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, CLIPVisionConfig, CLIPVisionModel
 
 from conftest import build_images, build_vit, needs_adapter_methods
 from trpts_peft import TRPTSConfig, calibrate, withdrawal
@@ -475,6 +475,24 @@ def test_embeddings_of_tokens_may_come_with_an_adapter(tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(bert(), tmp_path)
     key = "base_model.model.bert.embeddings.word_embeddings.weight"
     assert torch.equal(loaded.state_dict()[key], model.state_dict()[key])
+    damaged(tmp_path, tmp_path, _fill(key, float("nan")))
+    with pytest.raises(ValueError, match=r"word_embeddings.weight` must be finite"):
+        PeftModel.from_pretrained(bert(), tmp_path)
+
+
+def test_no_file_brings_embeddings_of_positions(tmp_path: Path) -> None:
+    """They are the base model's, and a loader would overwrite them for good."""
+
+    def clip() -> nn.Module:
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        return CLIPVisionModel(CLIPVisionConfig(image_size=32, patch_size=8, **sizes))
+
+    get_peft_model(clip(), TRPTSConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    (name,) = (name for name, _ in clip().named_parameters() if name.endswith("position_embedding.weight"))
+    save_file({**load_file(file), f"base_model.model.{name}": torch.zeros(17, 16)}, file)
+    with pytest.raises(ValueError, match=r"position_embedding.weight` must be absent"):
+        PeftModel.from_pretrained(clip(), tmp_path)
 
 
 def test_a_buffer_of_a_saved_module_may_be_infinite(tmp_path: Path) -> None:

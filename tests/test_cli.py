@@ -119,6 +119,16 @@ def test_help_is_printed_in_the_encodings_of_old_terminals() -> None:
     assert b"--keep-rate" in shown.stdout
 
 
+def test_names_that_a_console_has_no_letters_for_end_no_command(home: Path) -> None:
+    environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONIOENCODING": "cp1252"}
+    output = home / "\u82b1"
+    command = [sys.executable, "-m", "trpts_peft", "merge", "one/adapter", "--output", str(output)]
+    command += ["--token-selection", "drop"]
+    shown = subprocess.run(command, capture_output=True, env=environment, timeout=300, cwd=home)
+    assert (shown.returncode, shown.stdout.split()[0]) == (0, b"wrote"), shown.stderr
+    assert shown.stdout.rstrip().endswith(rb"\u82b1")
+
+
 @pytest.mark.parametrize("arguments", [("finetune",), ("finetune", "--method", "magic"), ("inspect",), ("nothing",)])
 def test_what_cannot_be_parsed_is_exit_code_2(home: Path, arguments: tuple[str, ...]) -> None:
     assert trpts(home, *arguments).exit_code == 2
@@ -148,8 +158,11 @@ def test_plot(home: Path) -> None:
     assert sorted(path.name for path in (home / "figures").iterdir()) == names
     assert result.stdout.split() == [word for name in names for word in ("wrote", f"figures/{name}")]
     Image.new("I;16", (32, 32)).save(home / "deep.png")
+    content = (home / "picture.png").read_bytes()
+    (home / "damaged.png").write_bytes(content.replace(b"IDAT", b"\0DAT"))  # over which Pillow raises a SyntaxError
     for arguments in (
         ("--output", "f", "--image", "deep.png"),
+        ("--output", "f", "--image", "damaged.png"),
         ("--output", "figures"),
         ("--output", "f", "--image", "none.png"),
         ("--output", "f", "--image", "set"),

@@ -59,6 +59,7 @@ def test_a_bad_value_is_refused(name, value, rule):
         ("layers_to_transform", [-1]),
         ("layers_to_transform", [1.5]),
         ("layers_to_transform", "1"),
+        ("auto_mapping", "ViTModel"),
     ],
 )
 def test_names_and_indices_of_the_wrong_kind_are_refused(name, value):

@@ -144,6 +144,57 @@ def test_a_merge_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert not (tmp_path / "merged").exists()
 
 
+def test_a_merge_touches_nothing_that_others_have_written_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter(tmp_path, token_layers=0)
+    note, save = tmp_path / "merged" / "notes.txt", ViTImageProcessorPil.save_pretrained
+
+    def save_late(self: Any, folder: Path) -> None:
+        save(self, folder)
+        note.write_text("mine")
+
+    monkeypatch.setattr(ViTImageProcessorPil, "save_pretrained", save_late)
+    with pytest.raises(ValueError, match="`output` must stay empty meanwhile"):
+        merge_into_checkpoint(tmp_path / "adapter", tmp_path / "merged")
+    assert list((tmp_path / "merged").iterdir()) == [note]
+
+
+@pytest.mark.parametrize("name", ["size", "crop_size"])
+def test_a_processor_of_enormous_images_is_refused(tmp_path: Path, name: str) -> None:
+    adapter(tmp_path)
+    path = tmp_path / "base" / "preprocessor_config.json"
+    settings = {**json.loads(path.read_text()), name: {"height": 40_000, "width": 32}}
+    (tmp_path / "adapter" / path.name).write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="up to 4096 pixels a side"):
+        load_adapted(tmp_path / "adapter")
+
+
+def test_code_that_a_processor_names_is_not_passed_on(tmp_path: Path) -> None:
+    adapter(tmp_path, token_layers=0)
+    path = tmp_path / "base" / "preprocessor_config.json"
+    settings = {**json.loads(path.read_text()), "auto_map": {"AutoImageProcessor": "some/repo--code.Processor"}}
+    (tmp_path / "adapter" / path.name).write_text(json.dumps(settings))
+    merge_into_checkpoint(tmp_path / "adapter", tmp_path / "merged")
+    assert "auto_map" not in json.loads((tmp_path / "merged" / path.name).read_text())
+
+
+def test_a_processor_that_does_not_fit_the_base_is_named(tmp_path: Path) -> None:
+    adapter(tmp_path, **SELECTING)
+    path = tmp_path / "base" / "preprocessor_config.json"
+    settings = {**json.loads(path.read_text()), "rescale_factor": "x"}
+    (tmp_path / "adapter" / path.name).write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="`adapter` must have an image processor that fits"):
+        draw_adapters({"a": tmp_path / "adapter"}, [picture(0, 0)])
+
+
+def test_figures_of_labels_that_are_paths_have_names_of_their_own(tmp_path: Path) -> None:
+    adapter(tmp_path, **SELECTING)
+    labels = ["runs/a", "runs\\a", "Runs/A"]
+    figures = draw_adapters(dict.fromkeys(labels, tmp_path / "adapter"), [picture(0, 0)])
+    assert {"tokens-runs-a.png", "tokens-runs-a-2.png", "tokens-Runs-A-3.png"} < set(figures)
+
+
 def test_labels_are_short_and_distinct() -> None:
     assert labels_of(["runs/a/adapter", "b", "user/c"]) == ["a", "b", "c"]
     assert labels_of(["x/a", "y/a"]) == ["x/a", "y/a"]

@@ -33,6 +33,18 @@ def test_what_is_no_folder_and_cannot_become_one(tmp_path: Path, name: str) -> N
             check(tmp_path / name)
 
 
+def test_a_name_that_is_not_in_unicode(tmp_path: Path) -> None:
+    """safetensors cannot open such a path, which else shows when all is trained."""
+    with pytest.raises(ValueError, match="`output` must have a name in Unicode"):
+        check_writable(tmp_path / "\udcff")
+
+
+def test_a_drive_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trpts_peft.folders.os.path.lexists", lambda _: False)
+    with pytest.raises(ValueError, match="`output` must be a folder that can be written to"):
+        check_writable(Path("Z:/runs"))
+
+
 def test_errors_in_one_line() -> None:
     assert first_line(ValueError("one\ntwo")) == "one"
     assert first_line(OSError()) == "OSError"

@@ -173,7 +173,7 @@ def test_what_is_no_adapter_is_refused(saved: Any, damage: Any, message: str) ->
 
 
 COLUMNS = "base_model.model.vit.layers.1.mlp.fc1.trpts_columns"
-VALUES, BIAS = COLUMNS.replace("columns", "values"), COLUMNS.replace("columns", "bias")
+VALUES, BIAS, PRINT = (COLUMNS.replace("columns", part) for part in ("values", "bias", "fingerprint"))
 HEAD = "base_model.model.classifier.weight"
 
 
@@ -193,6 +193,7 @@ HEAD = "base_model.model.classifier.weight"
         ({COLUMNS: None, VALUES: None}, "the linears that its config names"),
         ({VALUES: None}, r"columns and values \(out_features, C\)"),
         ({VALUES: lambda t: t.to(torch.float8_e4m3fn)}, "fc1.trpts_values` must be floating-point numbers of 16 bits"),
+        ({PRINT: lambda t: t.to(torch.float8_e4m3fn)}, "fc1.trpts_fingerprint` must be floating-point numbers of 16"),
         ({COLUMNS: lambda t: t[:, :0], VALUES: lambda t: t[:, :0]}, "entries in each tensor, got none in vit.layers.1"),
         ({HEAD: lambda t: t.new_empty(10**9, 0)}, "entries in each tensor, got none in classifier.weight"),
     ],
@@ -208,6 +209,20 @@ def test_tensors_that_are_no_adapters_are_refused(saved: Any, changes: Any, mess
     for read in (describe_file, read_selection):
         with pytest.raises(ValueError, match=message):
             read(saved[2])
+
+
+def test_names_that_no_table_could_hold_are_refused(saved: Any) -> None:
+    file = saved[2] / "adapter_model.safetensors"
+    save_file({**load_file(file), "x" * 100_000: torch.ones(1)}, file)
+    with pytest.raises(ValueError, match=r"in up to 256 letters, got 'x{40}'… of 100000"):
+        describe_file(saved[2])
+
+
+@pytest.mark.parametrize("name", ["num_hidden_layers", "num_labels", "image_size"])
+def test_a_base_that_would_take_any_memory_is_not_built(saved: Any, name: str) -> None:
+    path = Path(read_config(saved[2]).base_model_name_or_path) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: 10**9}))
+    assert f"`{name}` of up to" in describe_file(saved[2])["cost_unknown"]
 
 
 @pytest.mark.parametrize("adapter", ["no/such", "not a name!", "a/b/c"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,17 @@ SMALL |= {"image_size": 32, "patch_size": 8}
 def renamed(folder: Path, change: Any) -> None:
     file = folder / "model.safetensors"
     save_file({new: t for key, t in load_file(file).items() if (new := change(key))}, file, {"format": "pt"})
+
+
+def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
+    build_vit().save_pretrained(tmp_path)
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Model: pass\nclass Config: pass\n")
+    path = tmp_path / "config.json"
+    names = {"AutoConfig": "code.Config", "AutoModelForImageClassification": "code.Model"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "other", "auto_map": names}))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_whole(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from .families import block_index, block_of, unit_order
 from .tuner_layer import MODEL_PREFIX
 
-__all__ = ["describe_adapter", "drop_local_base", "update_card"]
+__all__ = ["describe_adapter", "drop_local_base", "plain", "update_card"]
 
 _BEGIN, _END = "<!-- TR-PTS: written whenever the adapter{} is saved -->", "<!-- TR-PTS: end -->"
 _TAGS = ("sparse", "token-reduction", "trpts")
@@ -74,6 +74,11 @@ def _shapes_in(path: Path) -> Shapes:
         return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
 
 
+def plain(name: str) -> str:
+    """A name that may come from a file of somebody else's, without what Markdown or HTML would take for theirs."""
+    return re.sub(r"[^\w ./:@-]", "-", name)
+
+
 def describe_adapter(
     config: Any, shapes: Shapes, base_model_class: str | None, *, subfolder: str = "", names: bool = False
 ) -> str:
@@ -96,7 +101,7 @@ def describe_adapter(
     snippet = "\n".join(_snippet(config, shapes, base_model_class, subfolder, names))
     return "\n\n".join(
         [
-            f"# TR-PTS adapter {named}of {config.base_model_name_or_path or 'an unnamed model'}",
+            f"# TR-PTS adapter {named}of {plain(config.base_model_name_or_path or 'an unnamed model')}",
             text,
             f"```python\n{snippet}\n```",
             "\n".join(_table(config, columns)),
@@ -106,7 +111,8 @@ def describe_adapter(
 
 def _snippet(config: Any, shapes: Shapes, base_model_class: str | None, subfolder: str, names: bool) -> list[str]:
     """Code that loads base model and adapter."""
-    model = base_model_class or "AutoModelForImageClassification"
+    known = isinstance(base_model_class, str) and base_model_class.isidentifier()
+    model = str(base_model_class) if known else "AutoModelForImageClassification"
     base = json.dumps(config.base_model_name_or_path or "the/base-model")
     labels = [f"num_labels={shape[0]}" for key, shape in shapes.items() if key.endswith("classifier.weight")][:1]
     read = []

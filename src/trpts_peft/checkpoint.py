@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from typing import Any
 
 import torch
 from peft.utils import ModulesToSaveWrapper
@@ -21,6 +20,7 @@ __all__ = [
     "check_adapter",
     "check_columns",
     "check_file",
+    "check_floats",
     "check_values",
     "pack_columns",
     "saved_module_tensors",
@@ -84,10 +84,15 @@ def check_columns(name: str, columns: Tensor, in_features: int) -> None:
         _refuse(name, "ascending and distinct in each row", "other columns", broken)
 
 
-def check_values(name: str, values: Tensor, dtype: torch.dtype) -> None:
-    """Refuse what is not finite once it has the dtype that the model keeps it in."""
+def check_floats(name: str, values: Tensor) -> None:
+    """Refuse integers, and floats of so few bits that torch cannot compute with them."""
     if values.dtype not in FLOATS:
         _refuse(name, "floating-point numbers of 16 bits or more", values.dtype, "the file is damaged")
+
+
+def check_values(name: str, values: Tensor, dtype: torch.dtype) -> None:
+    """Refuse what is not finite once it has the dtype that the model keeps it in."""
+    check_floats(name, values)
     if not bool(values.to(dtype).isfinite().all()):
         _refuse(name, f"finite as {dtype}", "others", "the file is damaged, or its training diverged")
 
@@ -114,6 +119,7 @@ def _check_linear(name: str, layer: TRPTSLinear, tensors: Mapping[str, Tensor], 
         if tensors[part].shape != own.shape:
             _refuse(key, f"of shape {tuple(own.shape)}", tuple(tensors[part].shape), _REMEDY)
     check_columns(f"{name}.trpts_columns", tensors["trpts_columns"], layer.in_features)
+    check_floats(f"{name}.trpts_fingerprint", tensors["trpts_fingerprint"])
     for part in ("trpts_values", "trpts_bias"):
         if part in tensors:
             check_values(f"{name}.{part}", tensors[part], expected[part].dtype)
@@ -147,7 +153,11 @@ def check_file(model: nn.Module, config: TRPTSConfig, adapter_name: str, state_d
         for part in _own_tensors(layer, adapter_name)
     }
     own |= set(_keep_rates(model, adapter_name)) | set(saved_module_tensors(model, adapter_name))
-    own |= _embedding_keys(model)
+    embeddings = _embedding_keys(model)
+    for key, tensor in state_dict.items():
+        if key in embeddings:
+            check_values(key, tensor, tensor.dtype)
+    own |= embeddings
     _check_surplus(state_dict, {key.removeprefix(MODEL_PREFIX) for key in own}, _dropped(model, config))
 
 
@@ -182,13 +192,16 @@ def _check_surplus(state_dict: Mapping[str, Tensor], own: Collection[str], dropp
 
 
 def _embedding_keys(model: nn.Module) -> set[str]:
-    """Embeddings of tokens, which PEFT saves with an adapter where the vocabulary was resized; patches have none."""
-    find_output: Any = getattr(model, "get_output_embeddings", lambda: None)
-    output = find_output()
+    """Embeddings of words, which PEFT saves with an adapter where the vocabulary was resized; patches have none."""
+    words = []
+    for end in ("input", "output"):
+        with suppress(AttributeError, NotImplementedError):  # models that have none say so in either way
+            words.append(getattr(model, f"get_{end}_embeddings")())
+    words = [module for module in words if isinstance(module, (nn.Embedding, nn.Linear))]
     return {
         f"{name}.{key}"
         for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) or module is output
+        if any(module is other for other in words)
         for key in module.state_dict()
     }
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -138,7 +140,7 @@ def _merge(
     """Merge an adapter into its base model, and write that as a plain checkpoint of transformers."""
     with _one_line():
         selects = merge_into_checkpoint(find_adapter(adapter), output, token_selection)
-    typer.echo(f"wrote {output}")
+    typer.echo(printable(f"wrote {output}"))
     if selects:
         typer.echo("it keeps all tokens until trpts_peft.apply_token_selection(model) is called on it")
 
@@ -157,7 +159,7 @@ def _plot(
         output.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
             figure.savefig(output / name, dpi=150)
-            typer.echo(f"wrote {output / name}")
+            typer.echo(printable(f"wrote {output / name}"))
 
 
 def _opened(path: Path) -> Image.Image:
@@ -166,7 +168,7 @@ def _opened(path: Path) -> Image.Image:
         if image.mode[0] in "IF":
             raise OSError(f"it has more than 8 bits a channel, mode {image.mode!r}")
         return image.convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
+    except Exception as error:  # whatever a decoder raises
         raise ValueError(f"`image` must be a readable image, got {str(path)!r}: {error}") from error
 
 
@@ -176,4 +178,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     logging.getLogger("trpts_peft").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that a console has no letters for must not end a run
+            stream.reconfigure(errors="backslashreplace")
     app()

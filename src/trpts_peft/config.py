@@ -210,6 +210,8 @@ class TRPTSConfig(PeftConfig):
                 _refuse(name, "None, a string or a list of strings", value)
         if not (self.modules_to_save is None or _all(self.modules_to_save, lambda v: isinstance(v, str))):
             _refuse("modules_to_save", "None or a list of strings", self.modules_to_save)
+        if not (self.auto_mapping is None or isinstance(self.auto_mapping, dict)):
+            _refuse("auto_mapping", "None or a dictionary", self.auto_mapping)
         layers = [self.layers_to_transform] if _is_int(self.layers_to_transform) else self.layers_to_transform
         if not (layers is None or _all(layers, lambda v: _is_int(v) and v >= 0)):
             _refuse("layers_to_transform", "None, a block index or a list of them, none below 0", layers)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, cast
 
 import torch
@@ -18,6 +19,8 @@ from .plots import plot_layer_importance, plot_overlap, plot_tokens
 from .pretrained import load_whole
 
 __all__ = ["draw_adapters", "labels_of", "load_adapted", "merge_into_checkpoint"]
+
+_LARGEST_SIDE = 4096  # pixels
 
 
 def load_adapted(folder: Path) -> tuple[PeftModel, Any]:
@@ -33,10 +36,11 @@ def load_adapted(folder: Path) -> tuple[PeftModel, Any]:
         own = base_config(folder, config)
         if heads and own.num_labels != len(heads[0]):
             own.num_labels = len(heads[0])
-        base = load_whole(source, config=own, trust_remote_code=False, dtype=torch.float32)
+        base = load_whole(source, config=own, dtype=torch.float32)
         processor = AutoImageProcessor.from_pretrained(
             folder if (folder / "preprocessor_config.json").is_file() else source, trust_remote_code=False
         )
+        _check_processor(processor)
     except Exception as error:  # files of somebody else's, and packages that they may need
         raise ValueError(
             f"`adapter` must name a base model that can be loaded, got {source!r}: {first_line(error)}"
@@ -45,6 +49,17 @@ def load_adapted(folder: Path) -> tuple[PeftModel, Any]:
         return PeftModel.from_pretrained(base, str(folder)).eval(), processor
     except (AttributeError, KeyError, TypeError, re.error) as error:
         raise ValueError(f"`adapter` must fit its base model {source!r}, got {first_line(error)}") from error
+
+
+def _check_processor(processor: Any) -> None:
+    """Refuse one that would make images too large to hold; and drop the name of code that others might then run."""
+    for name in ("size", "crop_size"):
+        sizes = dict(getattr(processor, name, None) or {})
+        if any(isinstance(side, (int, float)) and side > _LARGEST_SIDE for side in sizes.values()):
+            raise ValueError(
+                f"its image processor must make images of up to {_LARGEST_SIDE} pixels a side, got {sizes}"
+            )
+    vars(processor).pop("auto_map", None)
 
 
 def merge_into_checkpoint(folder: Path, output: Path, token_selection: Literal["keep", "drop"] | None = None) -> bool:
@@ -75,13 +90,27 @@ def merge_into_checkpoint(folder: Path, output: Path, token_selection: Literal["
         )
     model, processor = load_adapted(folder)
     merged = cast(Any, model).merge_and_unload(keep_token_selection=token_selection != "drop")
-    try:
-        merged.save_pretrained(output)
-        processor.save_pretrained(output)
-    except BaseException:  # a half of a checkpoint would be taken for a whole one
-        shutil.rmtree(output, ignore_errors=True)
-        raise
+    with _whole_or_not_at_all(output) as draft:
+        merged.save_pretrained(draft)
+        processor.save_pretrained(draft)
     return selects and token_selection == "keep"
+
+
+@contextmanager
+def _whole_or_not_at_all(output: Path) -> Iterator[Path]:
+    """A folder to write to, whose files come to lie in `output` once all are there: half a checkpoint looks whole."""
+    existed = output.is_dir()
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        with TemporaryDirectory(dir=output, prefix="unfinished-") as draft:
+            yield Path(draft)
+            if any(path.name != Path(draft).name for path in output.iterdir()):
+                raise ValueError(f"`output` must stay empty meanwhile, got files in {str(output)!r}: name another.")
+            for path in Path(draft).iterdir():
+                path.rename(output / path.name)
+    finally:
+        if not existed and not any(output.iterdir()):
+            output.rmdir()
 
 
 # ---- figures ----
@@ -116,6 +145,19 @@ def draw_adapters(folders: Mapping[str, Path], images: Sequence[Any]) -> dict[st
         figures["overlap.png"] = plot_overlap(selections).figure
     for label, folder in folders.items() if images else ():
         model, processor = load_adapted(folder)
-        name = "tokens.png" if len(folders) == 1 else f"tokens-{label.replace('/', '-')}.png"
-        figures[name] = plot_tokens(model, images, processor=processor, max_images=len(images))
+        name = "tokens.png" if len(folders) == 1 else _file_name(label, figures)
+        try:
+            figures[name] = plot_tokens(model, images, processor=processor, max_images=len(images))
+        except (ArithmeticError, RuntimeError, TypeError) as error:  # what others wrote, any number or none may be
+            raise ValueError(
+                f"`adapter` must have an image processor that fits its base model, got {first_line(error)}"
+            ) from error
     return figures
+
+
+def _file_name(label: str, taken: Collection[str]) -> str:
+    """A name that is one on every file system, where capitals may be no others, and paths have other parts."""
+    stem, number = re.sub(r"[^\w.-]", "-", label), 1
+    while (name := f"tokens-{stem}{'' if number == 1 else f'-{number}'}.png").casefold() in map(str.casefold, taken):
+        number += 1
+    return name

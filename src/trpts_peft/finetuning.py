@@ -372,7 +372,7 @@ def _whole(calibrated: Path) -> Iterator[None]:
 def load_processor(model: str) -> Any:
     """The image processor of a pretrained model; a ValueError where there is none."""
     with _model_errors(model):
-        return AutoImageProcessor.from_pretrained(model)
+        return AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
 
 
 def load_classifier(model: str, names: Sequence[str]) -> nn.Module:

@@ -18,7 +18,11 @@ def check_empty(output: Path) -> None:
 
 def check_writable(output: Path) -> None:
     """Raise a ValueError where `output` is no folder and cannot become one."""
-    nearest = next(path for path in (output, *output.absolute().parents) if os.path.lexists(path))
+    try:
+        str(output.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"`output` must have a name in Unicode, got {str(output)!r}: name another.") from error
+    nearest = next((path for path in (output, *output.absolute().parents) if os.path.lexists(path)), output)
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ValueError(
             f"`output` must be a folder that can be written to, got {str(output)!r}: {str(nearest)!r} is none."

@@ -15,9 +15,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageClassification
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig
 
-from .checkpoint import check_columns, check_values, unpack_columns
+from .checkpoint import check_columns, check_floats, check_values, unpack_columns
 from .config import TRPTSConfig
 from .cost import geometry_of, image_size_of, macs
 from .families import block_index, find_family, unit_order
@@ -41,6 +41,8 @@ FILE, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _FILES = [FILE, _CONFIG, "config.json", "preprocessor_config.json"]
 _WORDS = {"weights": "weights", "biases": "biases", "modules_to_save": "parameters of the head"}
 _WIDTH = 12  # of the digest of the base, in hexadecimal digits
+_LONGEST_NAME = 256
+_LARGEST = {"num_hidden_layers": 1024, "num_labels": 10**6, "image_size": 2**14}
 _WIDEST = 2**31  # columns that a file can hold; how many inputs its linears have, the base model knows
 
 
@@ -99,6 +101,12 @@ def _check_tensors(tensors: Mapping[str, Tensor], config: TRPTSConfig) -> None:
         raise ValueError(
             f"`adapter` must hold the linears that its config names, got {len(columns)} other or none: it is damaged."
         )
+    long = next((key for key in tensors if len(key) > _LONGEST_NAME), None)
+    if long is not None:  # tables and figures are as wide as the longest
+        raise ValueError(
+            f"`adapter` must name tensors in up to {_LONGEST_NAME} letters, got {long[:40]!r}… of {len(long)}: it is "
+            "damaged."
+        )
     empty = next((key for key, tensor in tensors.items() if tensor.numel() == 0), None)
     if empty is not None:  # such a tensor can claim any number of rows
         raise ValueError(f"`adapter` must hold entries in each tensor, got none in {empty}: it is damaged.")
@@ -122,6 +130,8 @@ def _check_tensors(tensors: Mapping[str, Tensor], config: TRPTSConfig) -> None:
         for key in (f"{name}.trpts_values", f"{name}.trpts_bias"):
             if key in tensors:
                 check_values(key, tensors[key], tensors[key].dtype)
+        if (key := f"{name}.trpts_fingerprint") in tensors:
+            check_floats(key, tensors[key])
 
 
 def read_selection(folder: Path) -> Selection:
@@ -166,7 +176,9 @@ def base_config(folder: Path, config: TRPTSConfig) -> Any:
 
     Nothing else is taken from that file: an adapter does not say how its base computes, nor which code it runs.
     """
-    own = AutoConfig.from_pretrained(str(config.base_model_name_or_path), trust_remote_code=False)
+    source = str(config.base_model_name_or_path)
+    _check_sizes(PreTrainedConfig.get_config_dict(source)[0])
+    own = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if (folder / "config.json").is_file():
         beside = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         names = beside.get("id2label") if isinstance(beside, dict) else None
@@ -174,6 +186,13 @@ def base_config(folder: Path, config: TRPTSConfig) -> Any:
             own.id2label = {int(index): str(name) for index, name in names.items()}
             own.label2id = {name: index for index, name in own.id2label.items()}
     return own
+
+
+def _check_sizes(base: Mapping[str, Any]) -> None:
+    """Refuse what would take any time and memory to build, though it is a few letters in a file."""
+    for name, most in _LARGEST.items():
+        if isinstance(base.get(name), (int, float)) and base[name] > most:
+            raise ValueError(f"its config must have a `{name}` of up to {most:,}, got {base[name]:,}")
 
 
 def describe_file(folder: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ _BEHIND_THE_BLOCKS = ("pooler", "layernorm", "norm")
 def load_whole(source: str, **options: Any) -> nn.Module:
     """A classifier from a folder or the Hub; its head, with the norm before it, may start anew, and nothing else.
 
-    transformers gives what a file lacks, or has in another shape, a random start.
+    transformers gives what a file lacks, or has in another shape, a random start. Code that comes with it is not run.
 
     Args:
         source: a folder, or an id on the Hub.
@@ -29,7 +29,7 @@ def load_whole(source: str, **options: Any) -> nn.Module:
         Exception: what transformers raises where there is no such model.
     """
     model, report = AutoModelForImageClassification.from_pretrained(
-        source, **options, ignore_mismatched_sizes=True, output_loading_info=True
+        source, **options, trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True
     )
     absent = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     prefix = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""

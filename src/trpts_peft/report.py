@@ -20,7 +20,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft import PeftModel
 from torch import Tensor, nn
 
-from .card import drop_local_base
+from .card import drop_local_base, plain
 from .cost import estimate_cost
 from .families import find_family
 from .folders import first_line
@@ -107,7 +107,7 @@ def read_results(path: Path) -> dict[str, Any]:
     results = read_json(path)
     try:
         summary(results, path.parent)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise ValueError(f"`output` must hold a whole {path.name}, got one without {error}: delete it.") from error
     return results
 
@@ -259,7 +259,7 @@ def _results_section(results: Mapping[str, Any], dataset: str) -> str:
     percent = f" ({parameters['trainable_percent']:.3f} % of the model)" if "trainable_percent" in parameters else ""
     images = f"{data['train']:,} images to train on, {data['test']:,} to test on ({data['test_split']})"
     rows = [
-        ("data", f"{dataset}: {images}"),
+        ("data", f"{plain(dataset)}: {images}"),
         ("accuracy", f"{results['accuracy']:.2f} %"),
         ("mean accuracy per class", f"{results['accuracy_per_class']:.2f} %"),
         ("trained", f"{parameters['trainable']:,} parameters{percent}, the head among them"),

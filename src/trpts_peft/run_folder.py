@@ -41,7 +41,7 @@ def read_json(path: Path, *, remedy: str = "delete it") -> dict[str, Any]:
 def check_output(output: Path, settings: Mapping[str, Any]) -> None:
     """Raise a ValueError where `output` is neither empty nor, with `settings["resume"]`, a run of the same settings."""
     check_writable(output)
-    if not output.is_dir() or all(path.suffix == ".part" for path in output.iterdir()):
+    if not output.is_dir() or all(path.name == f"{SETTINGS}.part" for path in output.iterdir()):
         return  # a draft is what a run leaves that was killed while it wrote its first file
     if not settings["resume"]:
         raise ValueError(

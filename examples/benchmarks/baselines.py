@@ -23,10 +23,11 @@ from peft import LoraConfig, ShiraConfig, SupertuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from benchmarks.methods import LINEARS
 from trpts_peft.families import find_family, num_prefix_tokens
 from trpts_peft.head import find_head
 from trpts_peft.methods import METHODS, Method
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 
 # ---- what goes into the model: each in the place of a module of the model, which it holds as `base` ----
 

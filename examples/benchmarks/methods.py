@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, ShiraConfig, SupertuningConfig, get_peft_model
+from peft import get_peft_model
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
+from benchmarks.baselines import LINEARS, build
 from trpts_peft import FisherScores, TRPTSConfig, calibrate
 
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 TOKEN_LAYERS = [3, 6, 9]
 KEEP_RATES = [0.95, 0.8, 0.5]
 CONNECTIONS = 3
@@ -30,53 +31,20 @@ def new_vit(num_labels: int = 100) -> ViTForImageClassification:
     return ViTForImageClassification(ViTConfig(num_labels=num_labels))
 
 
-def full() -> nn.Module:
-    """Everything trains."""
-    return new_vit()
+def peer(name: str, **options: Any) -> nn.Module:
+    """It under a method of `benchmarks.baselines`."""
+    return build(name, new_vit(), options)
+
+
+full = partial(peer, "full")
+lora = partial(peer, "lora", targets=LINEARS)
 
 
 def frozen() -> nn.Module:
     """No weight of a block trains, but gradients flow through all of them: the floor for adapters inside the blocks."""
-    vit = linear()
+    vit = peer("linear")
     vit.vit.embeddings.cls_token.requires_grad_(True)
     return vit
-
-
-def linear() -> ViTForImageClassification:
-    """Only the head trains: no gradient enters the blocks."""
-    vit = new_vit()
-    vit.requires_grad_(False)
-    vit.classifier.requires_grad_(True)
-    return vit
-
-
-def bitfit() -> nn.Module:
-    """The biases train."""
-    vit = linear()
-    for name, parameter in vit.named_parameters():
-        if name.endswith(".bias"):
-            parameter.requires_grad_(True)
-    return vit
-
-
-def by_peft(config: PeftConfig) -> nn.Module:
-    """One of PEFT's own methods."""
-    return get_peft_model(new_vit(), config)
-
-
-def lora() -> nn.Module:
-    """LoRA of rank 8."""
-    return by_peft(LoraConfig(r=8, target_modules=LINEARS, modules_to_save=["classifier"]))
-
-
-def shira() -> nn.Module:
-    """SHiRA with its random mask, as many entries as LoRA of rank 8."""
-    return by_peft(ShiraConfig(r=8, target_modules=LINEARS, modules_to_save=["classifier"], random_seed=0))
-
-
-def supertuning() -> nn.Module:
-    """Super-Tuning at its default, one entry in a hundred."""
-    return by_peft(SupertuningConfig(target_modules=LINEARS, modules_to_save=["classifier"]))
 
 
 def trpts(keep_rate: float = 1.0, shares: Shares = USED_SHARES, token_layers: list[int] | None = None) -> nn.Module:
@@ -122,8 +90,14 @@ def methods() -> dict[str, Callable[[], nn.Module]]:
     """{name: builder} of what trains; the first is what all are compared with."""
     sparse: dict[str, Callable[[], nn.Module]] = {"TR-PTS": trpts}
     sparse |= {f"TR-PTS, keep rate {rate}": partial(trpts, rate) for rate in KEEP_RATES}
-    others = {"linear": linear, "BitFit": bitfit, "LoRA r=8": lora, "SHiRA r=8": shira, "Super-Tuning": supertuning}
-    return {"frozen": frozen, **others, **sparse, "full": full}
+    peers = {
+        "linear": partial(peer, "linear"),
+        "BitFit": partial(peer, "bitfit"),
+        "LoRA r=8": lora,
+        "SHiRA r=8": partial(peer, "shira"),
+        "Super-Tuning": partial(peer, "super-tuning"),
+    }
+    return {"frozen": frozen, **peers, **sparse, "full": full}
 
 
 def methods_by_share(shares: tuple[float, ...]) -> dict[str, Callable[[], nn.Module]]:

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from benchmarks.baselines import BASELINES
-from benchmarks.methods import LINEARS
+from benchmarks.baselines import BASELINES, LINEARS
 
 __all__ = ["ABLATIONS", "METHODS", "SETTINGS", "VARIANTS", "Variant"]
 

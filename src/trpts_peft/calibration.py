@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
@@ -81,15 +81,15 @@ def calibrate(
     linears = _checked_linears(base, config, name, scores, overwrite)
     measures = scores is None and config.importance in SCORES
     batches = _batches(base, data, num_samples, batch_size, accelerator) if measures or probe_head else None
-    head, probe = _fit_head(base, name, batches if probe_head else None, progress)
-    if measures:
-        with _predicting(head, probe):
-            scores = _measured(base, config, name, batches, linears, workspace_mb, labels, loss_fn, progress)
+    fitted = _fit_head(base, batches, name, progress) if batches and probe_head else None
+    if batches and measures:
+        with fitted.predicting() if fitted else nullcontext():
+            scores = measure(base, batches, linears, config.importance, labels, loss_fn, workspace_mb, progress, name)
     selection = select(_scores_without_data(linears, config) if scores is None else scores, config, base)
-    _finish_head(head, probe)
+    start = fitted.install() if fitted else []
     _install(base, cast(Any, model).peft_config, name, config, selection)
     if progress and processes(accelerator)[0] == 0:
-        print(*([probe.summary()] if probe and head and head.trainable else []), selection.summary(), sep="\n")
+        print(*start, selection.summary(), sep="\n")
     return selection
 
 
@@ -101,44 +101,6 @@ def _batches(base: nn.Module, data: Any, num_samples: int | None, batch_size: in
         )
     rank, world = processes(accelerator)
     return Batches(data, base, num_samples=num_samples, batch_size=batch_size, rank=rank, world=world)
-
-
-def _measured(
-    base: nn.Module,
-    config: TRPTSConfig,
-    adapter_name: str,
-    batches: Batches | None,
-    linears: Mapping[str, nn.Linear],
-    workspace_mb: float,
-    labels: str,
-    loss_fn: LossFn | None,
-    progress: bool,
-) -> FisherScores:
-    assert batches is not None
-    return measure(
-        base,
-        batches,
-        linears,
-        config.importance,
-        labels,
-        loss_fn,
-        workspace_mb=workspace_mb,
-        progress=progress,
-        adapter_name=adapter_name,
-    )
-
-
-def _fit_head(
-    base: nn.Module, adapter_name: str, batches: Batches | None, progress: bool
-) -> tuple[Head | None, LinearProbe | None]:
-    """The model's head, and a probe of it where there are batches to fit it on."""
-    if batches is not None:
-        head = find_head(base, adapter_name)
-        return head, _probe(base, batches, head, adapter_name, progress)
-    try:
-        return find_head(base, adapter_name), None
-    except ValueError:
-        return None, None
 
 
 def _find_adapter(model: nn.Module, adapter_name: str | None) -> tuple[nn.Module, str, TRPTSConfig]:
@@ -219,8 +181,32 @@ def _scores_without_data(linears: Mapping[str, nn.Linear], config: TRPTSConfig) 
     return FisherScores({n: torch.rand(m.weight.shape, **how) for n, m in linears.items()}, 0)
 
 
-def _probe(base: nn.Module, batches: Batches, head: Head, adapter_name: str, progress: bool) -> LinearProbe:
+class _FittedHead(NamedTuple):
+    """A head, and the probe that was fitted in its place."""
+
+    head: Head
+    probe: LinearProbe
+
+    def predicting(self) -> AbstractContextManager[None]:
+        """Within, the model predicts with the probe."""
+        return self.head.replaced(self.probe.weight, self.probe.bias)
+
+    def install(self) -> list[str]:
+        """Let training start from the probe, where the head trains; returns what there is to say of it."""
+        if self.head.trainable:
+            self.head.write(self.probe.weight, self.probe.bias)
+            return [self.probe.summary()]
+        warnings.warn(
+            f"The head {self.head.name!r} is not trained: the probe was used for scoring only. Pass "
+            f"`modules_to_save=[{self.head.name.rpartition('.')[2]!r}]` to start training from it.",
+            stacklevel=3,
+        )
+        return []
+
+
+def _fit_head(base: nn.Module, batches: Batches, adapter_name: str, progress: bool) -> _FittedHead:
     """Fit the head on the frozen features of all processes' samples; every process gets the same one."""
+    head = find_head(base, adapter_name)
     features, labels = collect_features(base, batches, head, progress, adapter_name)
     check_labels(labels, num_labels(head))
     if not bool(features.isfinite().all()):
@@ -232,25 +218,7 @@ def _probe(base: nn.Module, batches: Batches, head: Head, adapter_name: str, pro
         for tensor in (probe.weight, probe.bias):
             tensor.copy_(of_first_process(tensor))
     logger.info("%s, strength %g, held-out loss %.3f", probe.summary(), probe.strength, probe.held_out_loss)
-    return probe
-
-
-def _predicting(head: Head | None, probe: LinearProbe | None) -> AbstractContextManager[None]:
-    """Within, the model predicts with the probe, if there is one."""
-    return nullcontext() if head is None or probe is None else head.replaced(probe.weight, probe.bias)
-
-
-def _finish_head(head: Head | None, probe: LinearProbe | None) -> None:
-    if probe is None or head is None:
-        return
-    if head.trainable:
-        head.write(probe.weight, probe.bias)
-    else:
-        warnings.warn(
-            f"The head {head.name!r} is not trained: the probe was used for scoring only. Pass "
-            f"`modules_to_save=[{head.name.rpartition('.')[2]!r}]` to start training from it.",
-            stacklevel=3,
-        )
+    return _FittedHead(head, probe)
 
 
 def _install(

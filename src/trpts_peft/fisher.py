@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .functional import squared_gradient_sum, tokens_with_gradient
 
-__all__ = ["FisherCollector", "FisherScores", "LossFn", "per_sample_cross_entropy"]
+__all__ = ["FisherCollector", "FisherScores", "LossFn", "eval_mode", "per_sample_cross_entropy"]
 
 # Tokens without a gradient lie behind the last attention, where backward begins. Of its own linears two, keys and
 # values, have gradients of all tokens; after one more it is as good as sure that all that follow have. To look costs a
@@ -85,6 +85,18 @@ def per_sample_cross_entropy(outputs: Any, labels: Tensor) -> Tensor:
     return F.cross_entropy(outputs.logits.float(), labels, reduction="none")
 
 
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within, the model is in eval mode; after, each of its modules is in its own again."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 class FisherCollector:
     """Adds up the scores of some linears while a model runs forward and backward.
 
@@ -141,21 +153,17 @@ class FisherCollector:
     def collecting(self, model: nn.Module) -> Iterator[None]:
         """Within, forward passes of `model` are watched; its parameters get no gradients. All is restored after."""
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        training = {module: module.training for module in model.modules()}
         handles = [model.get_submodule(name).register_forward_hook(self._hook(name)) for name in self.linears]
         try:
             for parameter, _ in flags:
                 parameter.requires_grad_(False)
-            model.eval()
-            with torch.enable_grad():
+            with eval_mode(model), torch.enable_grad():
                 yield
         finally:
             for handle in handles:
                 handle.remove()
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
-            for module, mode in training.items():
-                module.training = mode
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def watch(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:

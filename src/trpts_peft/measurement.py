@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .config import TRPTSConfig
 from .data import Batches, check_bare, check_whole, processes, sum_of_processes
 from .families import find_family, is_of_family
-from .fisher import FisherCollector, FisherScores, LossFn, per_sample_cross_entropy
+from .fisher import FisherCollector, FisherScores, LossFn, eval_mode, per_sample_cross_entropy
 from .head import Head
 from .layer import TRPTSLinear
 from .vit import token_selections
@@ -142,7 +142,6 @@ def measure(
     score: str,
     labels: str,
     loss_fn: LossFn | None,
-    *,
     workspace_mb: float,
     progress: bool,
     adapter_name: str | None = None,
@@ -235,7 +234,7 @@ def estimate_fisher(
     rank, world = processes(accelerator)
     linears = _linears_to_score(base, target_modules)
     batches = Batches(data, base, num_samples=num_samples, batch_size=batch_size, rank=rank, world=world)
-    return measure(base, batches, linears, score, labels, loss_fn, workspace_mb=workspace_mb, progress=progress)
+    return measure(base, batches, linears, score, labels, loss_fn, workspace_mb, progress)
 
 
 def _linears_to_score(base: nn.Module, target_modules: list[str] | str | None) -> dict[str, nn.Linear]:
@@ -256,24 +255,16 @@ def collect_features(
     """float64 (n, features) and labels (n,), in the order of the data whatever the number of processes."""
     inputs: list[Tensor] = []
     mine: list[tuple[int, Tensor, Tensor]] = []
-    training = {module: module.training for module in base.modules()}
-    try:
-        base.eval()
-        with torch.no_grad(), base_weights(base, adapter_name), head.capture(inputs):
-            for k, batch in enumerate(batches.iterate("Features", progress)):
-                labels = batch.pop("labels")
-                base(**batch)
-                features = inputs.pop()
-                _check_kind_of_labels(labels)
-                if features.dim() != 2 or len(features) != len(labels):
-                    shapes = f"{tuple(features.shape)} with labels {tuple(labels.shape)}"
-                    raise ValueError(
-                        f"`probe_head` must be False where the head does not see (B, features), got {shapes}."
-                    )
-                mine.append((k * batches.world + batches.rank, features.cpu().double(), labels.cpu()))
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with torch.no_grad(), eval_mode(base), base_weights(base, adapter_name), head.capture(inputs):
+        for k, batch in enumerate(batches.iterate("Features", progress)):
+            labels = batch.pop("labels")
+            base(**batch)
+            features = inputs.pop()
+            _check_kind_of_labels(labels)
+            if features.dim() != 2 or len(features) != len(labels):
+                shapes = f"{tuple(features.shape)} with labels {tuple(labels.shape)}"
+                raise ValueError(f"`probe_head` must be False where the head does not see (B, features), got {shapes}.")
+            mine.append((k * batches.world + batches.rank, features.cpu().double(), labels.cpu()))
     parts = gather_object(mine) if batches.world > 1 else mine
     if not parts:
         raise ValueError("`data` must hold at least one sample, got none.")

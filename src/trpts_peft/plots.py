@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from .cost import image_size_of, patch_grid, patch_size_of
 from .families import block_index, unit_order
+from .fisher import eval_mode
 from .layer import TRPTSLinear
 from .record import TokenRecord, record_tokens
 from .selection import Selection
@@ -196,20 +196,9 @@ def _watch(model: nn.Module, pixels: Tensor) -> TokenRecord:
     parameter = next(model.parameters())
     interpolate = image_size_of(model) != (pixels.shape[2], pixels.shape[3])
     extra = {"interpolate_pos_encoding": True} if interpolate else {}
-    with record_tokens(model) as record, _eval_mode(model), torch.no_grad():
+    with record_tokens(model) as record, eval_mode(model), torch.no_grad():
         model(pixel_values=pixels.to(parameter.device, parameter.dtype), **extra)
     return record
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:  # one by one: some modules may have been in eval mode before
-            module.training = True
 
 
 def _displayable(pixels: Tensor, processor: Any) -> Tensor:

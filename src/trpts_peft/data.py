@@ -308,17 +308,15 @@ def _indices(loader: DataLoader[Any], world: int) -> Iterable[int]:
     while type(batches) in (BatchSamplerShard, SkipBatchSampler) or isinstance(_sampler_of(batches), BatchSampler):
         batches = getattr(batches, "batch_sampler", _sampler_of(batches))  # accelerate's, or a repeater, around another
     plain = getattr(type(batches), "__iter__", None) is BatchSampler.__iter__  # a subclass may hand out others
-    sampler: Any = batches.sampler if plain else None
-    source = batches if sampler is None else sampler
-    if hasattr(source, "num_replicas"):  # the share of a process: all of them work on all of it
+    sampler: Any = batches.sampler if plain else batches
+    if hasattr(sampler, "num_replicas"):  # the share of a process: all of them work on all of it
         return range(len(loader.dataset))  # type: ignore[arg-type]
     order = getattr(type(sampler), "__iter__", None)
     if order in (SequentialSampler.__iter__, RandomSampler.__iter__, SeedableRandomSampler.__iter__):
         return range(len(sampler.data_source))
     if order is WeightedRandomSampler.__iter__:
         return cast(list[int], sampler.weights.nonzero().flatten().tolist())
-    handed_out = chain.from_iterable(batches) if sampler is None else sampler
-    found = [sorted(set(handed_out))]
+    found = [sorted(set(sampler if plain else chain.from_iterable(batches)))]
     return found[0] if world == 1 else broadcast_object_list(found)[0]  # a sampler of one's own may draw
 
 

@@ -286,7 +286,7 @@ def finished(settings: FinetuneSettings) -> dict[str, Any] | None:
     Raises:
         ValueError: the output folder holds something else.
     """
-    _check_targets(settings)
+    check_output(settings.output, settings.to_dict())
     path = settings.output / "results.json"
     return read_results(path) if path.is_file() and result_folder(settings.output).is_dir() else None
 

@@ -134,20 +134,24 @@ class FisherCollector:
 
     def add(self, loss: Tensor) -> None:
         """Run backward from the per-sample losses (B,) of the last forward pass."""
-        self._batch_size = loss.shape[0]
-        self.num_samples += loss.shape[0]
-        if loss.shape[0] and not loss.requires_grad:
+        self._batch_size = len(loss)
+        self.num_samples += len(loss)
+        if len(loss) and not loss.requires_grad:
             raise ValueError("`target_modules` must name linears that the model calls, got none of that kind.")
-        if loss.shape[0] > 1 and not self._known_layout:
-            self._receive = partial(self._check_layout, slice(1, None))
-            loss[0].backward(retain_graph=True)
-            self._receive = partial(self._check_layout, slice(0, 1))
-            loss[1:].sum().backward(retain_graph=True)
-            self._known_layout, self._receive = True, self._accumulate
-        if loss.shape[0]:
+        if len(loss) > 1 and not self._known_layout:
+            self._backward(loss[:1], partial(self._check_layout, slice(1, None)), retain_graph=True)
+            self._backward(loss[1:], partial(self._check_layout, slice(0, 1)), retain_graph=True)
+            self._known_layout = True
+        if len(loss):
             self._full = 0
-            loss.sum().backward()
+            self._backward(loss, self._accumulate)
         self._seen.clear()
+
+    def _backward(
+        self, loss: Tensor, receive: Callable[[str, Tensor, Tensor], None], retain_graph: bool = False
+    ) -> None:
+        self._receive = receive
+        loss.sum().backward(retain_graph=retain_graph)
 
     @contextmanager
     def collecting(self, model: nn.Module) -> Iterator[None]:

@@ -135,19 +135,17 @@ def _strip(base: nn.Module, trainable: frozenset[str]) -> None:
 def _unwrap_idle(base: nn.Module) -> None:
     """Put the base's own modules in the places of wrappers that no adapter uses any more."""
     for name, module in list(base.named_modules()):
-        parent, _, child = name.rpartition(".")
         if isinstance(module, TRPTSLinear) and not len(module.trpts_values):
-            setattr(base.get_submodule(parent), child, module.base_layer)
+            base.set_submodule(name, module.base_layer)
         elif isinstance(module, ModulesToSaveWrapper) and not len(module.modules_to_save):
-            setattr(base.get_submodule(parent), child, module.original_module)
+            base.set_submodule(name, module.original_module)
 
 
 def restore_modules(base: nn.Module) -> None:
     """Put the original modules in the places of what `modules_to_save` trains."""
     for name, module in list(base.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):
-            parent, _, child = name.rpartition(".")
-            setattr(base.get_submodule(parent), child, module.original_module)
+            base.set_submodule(name, module.original_module)
 
 
 def trainable_names(model: nn.Module) -> frozenset[str]:

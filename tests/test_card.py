@@ -43,6 +43,8 @@ def test_names_from_a_config_are_neither_code_nor_markup():
     (code,) = re.findall(r"```python\n(.*?)```", rest, re.DOTALL)
     assert "AutoModelForImageClassification.from_pretrained" in code
     assert "\nimport os" not in code
+    config.base_model_name_or_path = "https://a.b/c"
+    assert "https:-/a.b/c" in describe_adapter(config, {}, None)
 
 
 def test_the_front_matter_says_what_it_is(saved):

@@ -6,7 +6,7 @@ import copy
 import json
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -768,8 +768,9 @@ def test_adapter_of_an_uncalibrated_config(tmp_path: Path) -> None:
 
 
 @needs_adapter_methods
+@pytest.mark.parametrize("refused", [False, True])
 def test_first_passes_that_come_together_wait_for_one_check(
-    saved: Path, logits: Tensor, monkeypatch: pytest.MonkeyPatch
+    saved: Path, logits: Tensor, monkeypatch: pytest.MonkeyPatch, refused: bool
 ) -> None:
     base, came, checks = build_vit().eval(), threading.Semaphore(0), 0
     base.load_adapter(str(saved))
@@ -789,18 +790,24 @@ def test_first_passes_that_come_together_wait_for_one_check(
     def check(*args: Any) -> None:
         nonlocal checks
         checks += 1
-        pool.submit(lambda: outputs.append(predict(base)))
+        others.append(pool.submit(predict, base))
         assert came.acquire(timeout=60) and came.acquire(timeout=60)
+        if refused:
+            raise ValueError("damaged")
         check_adapter(*args)
 
     monkeypatch.setattr(withdrawal, "_checking", Counting())
     monkeypatch.setattr(withdrawal, "check_adapter", check)
-    outputs: list[Tensor] = []
+    others: list[Future[Tensor]] = []
     with ThreadPoolExecutor(1) as pool:
-        outputs.append(predict(base))
+        passes = (lambda: predict(base), lambda: others[0].result(timeout=60))
+        for run in passes:
+            if refused:
+                with pytest.raises(ValueError, match="damaged"):
+                    run()
+            else:
+                assert torch.equal(run(), logits)
     assert checks == 1
-    assert len(outputs) == 2
-    assert all(torch.equal(output, logits) for output in outputs)
 
 
 @needs_adapter_methods

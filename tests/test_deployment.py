@@ -142,6 +142,28 @@ def test_a_merge_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(OSError, match="no space left"):
         merge_into_checkpoint(tmp_path / "adapter", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(OSError, match="no space left"):
+        merge_into_checkpoint(tmp_path / "adapter", tmp_path / "mine")
+    assert not list((tmp_path / "mine").iterdir())
+
+
+def test_a_merge_that_is_interrupted_while_it_moves_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter(tmp_path, token_layers=0)
+    rename = Path.rename
+    left = [KeyboardInterrupt, None]
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if error := left.pop():
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        merge_into_checkpoint(tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_merge_touches_nothing_that_others_have_written_meanwhile(
@@ -190,9 +212,9 @@ def test_a_processor_that_does_not_fit_the_base_is_named(tmp_path: Path) -> None
 
 def test_figures_of_labels_that_are_paths_have_names_of_their_own(tmp_path: Path) -> None:
     adapter(tmp_path, **SELECTING)
-    labels = ["runs/a", "runs\\a", "Runs/A"]
+    labels = ["Runs/A", "runs\\a", "runs/a"]
     figures = draw_adapters(dict.fromkeys(labels, tmp_path / "adapter"), [picture(0, 0)])
-    assert {"tokens-runs-a.png", "tokens-runs-a-2.png", "tokens-Runs-A-3.png"} < set(figures)
+    assert {"tokens-Runs-A.png", "tokens-runs-a-2.png", "tokens-runs-a-3.png"} < set(figures)
 
 
 def test_labels_are_short_and_distinct() -> None:

@@ -19,7 +19,7 @@ from transformers import SwinConfig, SwinForImageClassification
 
 from conftest import FAMILIES, build_vit
 from trpts_peft import FisherScores, TRPTSConfig, estimate_fisher, fisher
-from trpts_peft.fisher import FisherCollector, _sums_device, per_sample_cross_entropy
+from trpts_peft.fisher import FisherCollector, _sums_device, eval_mode, per_sample_cross_entropy
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
 
@@ -646,3 +646,11 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"`path` must be a file written by `FisherScores\.save`, got .*other"):
         FisherScores.load(tmp_path / "other.safetensors")
+
+
+def test_modes_come_back_whatever_changed_them():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2).eval())
+    with eval_mode(model):
+        assert not any(module.training for module in model.modules())
+        model.train()
+    assert [module.training for module in model.modules()] == [True, True, False]

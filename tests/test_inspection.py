@@ -218,10 +218,11 @@ def test_names_that_no_table_could_hold_are_refused(saved: Any) -> None:
         describe_file(saved[2])
 
 
-@pytest.mark.parametrize("name", ["num_hidden_layers", "num_labels", "image_size"])
-def test_a_base_that_would_take_any_memory_is_not_built(saved: Any, name: str) -> None:
+@pytest.mark.parametrize("value", [10**9, [32, 10**9]])
+@pytest.mark.parametrize("name", ["num_hidden_layers", "num_labels", "image_size", "hidden_size"])
+def test_a_base_that_would_take_any_memory_is_not_built(saved: Any, name: str, value: Any) -> None:
     path = Path(read_config(saved[2]).base_model_name_or_path) / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), name: 10**9}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
     assert f"`{name}` of up to" in describe_file(saved[2])["cost_unknown"]
 
 

@@ -75,8 +75,8 @@ def _shapes_in(path: Path) -> Shapes:
 
 
 def plain(name: str) -> str:
-    """A name that may come from a file of somebody else's, without what Markdown or HTML would take for theirs."""
-    return re.sub(r"[^\w ./:@-]", "-", name)
+    """A name that may come from a file of somebody else's, in one line, without markup of Markdown or HTML."""
+    return re.sub(r"[^\w ./:@\\-]|(?<=:)/(?=/)", "-", name)
 
 
 def describe_adapter(

@@ -54,7 +54,8 @@ def load_adapted(folder: Path) -> tuple[PeftModel, Any]:
 def _check_processor(processor: Any) -> None:
     """Refuse one that would make images too large to hold; and drop the name of code that others might then run."""
     for name in ("size", "crop_size"):
-        sizes = dict(getattr(processor, name, None) or {})
+        size = getattr(processor, name, None) or {}
+        sizes = {name: size} if isinstance(size, (int, float)) else dict(size)
         if any(isinstance(side, (int, float)) and side > _LARGEST_SIDE for side in sizes.values()):
             raise ValueError(
                 f"its image processor must make images of up to {_LARGEST_SIDE} pixels a side, got {sizes}"
@@ -106,11 +107,23 @@ def _whole_or_not_at_all(output: Path) -> Iterator[Path]:
             yield Path(draft)
             if any(path.name != Path(draft).name for path in output.iterdir()):
                 raise ValueError(f"`output` must stay empty meanwhile, got files in {str(output)!r}: name another.")
-            for path in Path(draft).iterdir():
-                path.rename(output / path.name)
+            _move(Path(draft), output)
     finally:
         if not existed and not any(output.iterdir()):
             output.rmdir()
+
+
+def _move(draft: Path, output: Path) -> None:
+    """All files or none."""
+    moved: list[Path] = []
+    try:
+        for path in sorted(draft.iterdir()):
+            moved.append(output / path.name)
+            path.rename(moved[-1])
+    except BaseException:
+        for path in moved:
+            path.unlink(missing_ok=True)
+        raise
 
 
 # ---- figures ----

@@ -88,13 +88,13 @@ def per_sample_cross_entropy(outputs: Any, labels: Tensor) -> Tensor:
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Within, the model is in eval mode; after, each of its modules is in its own again."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    modes = {module: module.training for module in model.modules()}
     try:
+        model.eval()
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, mode in modes.items():
+            module.training = mode
 
 
 class FisherCollector:

@@ -21,7 +21,9 @@ def check_writable(output: Path) -> None:
     try:
         str(output.absolute()).encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"`output` must have a name in Unicode, got {str(output)!r}: name another.") from error
+        raise ValueError(
+            f"`output` must have a name in Unicode, got {str(output.absolute())!r}: name another."
+        ) from error
     nearest = next((path for path in (output, *output.absolute().parents) if os.path.lexists(path)), output)
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ValueError(

@@ -42,7 +42,7 @@ _FILES = [FILE, _CONFIG, "config.json", "preprocessor_config.json"]
 _WORDS = {"weights": "weights", "biases": "biases", "modules_to_save": "parameters of the head"}
 _WIDTH = 12  # of the digest of the base, in hexadecimal digits
 _LONGEST_NAME = 256
-_LARGEST = {"num_hidden_layers": 1024, "num_labels": 10**6, "image_size": 2**14}
+_LARGEST = {"num_hidden_layers": 1024, "num_labels": 10**6, "image_size": 2**14, "hidden_size": 2**16}
 _WIDEST = 2**31  # columns that a file can hold; how many inputs its linears have, the base model knows
 
 
@@ -191,8 +191,10 @@ def base_config(folder: Path, config: TRPTSConfig) -> Any:
 def _check_sizes(base: Mapping[str, Any]) -> None:
     """Refuse what would take any time and memory to build, though it is a few letters in a file."""
     for name, most in _LARGEST.items():
-        if isinstance(base.get(name), (int, float)) and base[name] > most:
-            raise ValueError(f"its config must have a `{name}` of up to {most:,}, got {base[name]:,}")
+        value = base.get(name)
+        numbers = [n for n in (value if isinstance(value, list) else [value]) if isinstance(n, (int, float))]
+        if any(number > most for number in numbers):
+            raise ValueError(f"its config must have a `{name}` of up to {most:,}, got {value}")
 
 
 def describe_file(folder: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class LoadCheck:
         self.adapter_name = adapter_name
         self.trainable = trainable  # names of the parameters that trained before the adapter came
         self.active = active  # the adapters that were in force
+        self.refused: str | None = None  # why; for passes that have waited for it, and would go on without the adapter
 
     def __call__(self, model: nn.Module, _args: Any) -> None:
         if torch.compiler.is_compiling():
@@ -41,6 +42,8 @@ class LoadCheck:
                 )
             return
         with _checking:  # the first requests of a server may come together
+            if self.refused is not None:
+                raise ValueError(self.refused)
             if self in model._forward_pre_hooks.values():
                 self._check(model)
 
@@ -49,7 +52,8 @@ class LoadCheck:
         try:
             if isinstance(config, TRPTSConfig):
                 check_adapter(model, config, self.adapter_name)
-        except Exception:
+        except Exception as error:
+            self.refused = str(error)
             withdraw(model, self.adapter_name, active=self.active)
             raise
         for _, layer in adapted_linears(model, self.adapter_name):

@@ -405,6 +405,12 @@ def test_rates_stand_in_the_config_of_a_vit_within_another_module(tmp_path: Path
     assert keep_rates_in_force(loaded) == keep_rates_in_force(merged) == {1: 0.5}
 
 
+def test_rates_of_two_vits_stand_in_no_config_of_one() -> None:
+    pair = nn.ModuleList([build_vit().vit, build_vit().vit])
+    apply_token_selection(pair, {1: 0.5})
+    assert not any(hasattr(vit.config, "trpts_keep_rates") for vit in pair)
+
+
 def test_merge_and_unload_without_tokens_says_so(caplog: pytest.LogCaptureFixture) -> None:
     model = adapter()
     reference = dense_reference(model, {"default": 1.0})

@@ -24,6 +24,7 @@ from torch import nn
 from benchmarks.calibrating import fisher_rows
 from benchmarks.figure import draw
 from benchmarks.methods import KEEP_RATES, methods, methods_by_share, trpts
+from benchmarks.mixed_batches import mixed_batch_rows
 from benchmarks.report import Bar, bars_of, print_report
 from benchmarks.switching import disk_rows, switch_rows
 from measure import (
@@ -38,7 +39,17 @@ from measure import (
 )
 from trpts_peft import estimate_cost
 
-SECTIONS = ("training", "mixed", "fisher", "inference", "forward", "switching", "switching_bfloat16", "disk")
+SECTIONS = (
+    "training",
+    "mixed",
+    "fisher",
+    "inference",
+    "forward",
+    "mixed_batches",
+    "switching",
+    "switching_bfloat16",
+    "disk",
+)
 REFERENCES = {"frozen": "frozen", "lora": "LoRA r=8"}  # of training steps
 OUTPUT = Path(__file__).resolve().parents[2] / "runs" / "bench"
 
@@ -190,6 +201,7 @@ def measure_all(settings: Settings, only: str | None = None) -> dict[str, Any]:
             row for compiled in (False, True)[: 1 + settings.compiled] for row in inference_rows(settings, compiled)
         ],
         "forward": lambda: forward_rows(settings),
+        "mixed_batches": lambda: mixed_batch_rows(drawn_batch(8, settings.device), settings.inference_rounds),
         "switching": lambda: switch_rows(settings.rounds, settings.device),
         "switching_bfloat16": lambda: switch_rows(settings.rounds, settings.device, torch.bfloat16),
         "disk": disk_rows,

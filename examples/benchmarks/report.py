@@ -68,6 +68,7 @@ def print_report(results: Results, bars: list[Bar]) -> None:
         ("fisher", "Fisher information", fisher_table),
         ("inference", "Prediction of merged models", inference_table),
         ("forward", "Prediction with adapters that are not merged", forward_table),
+        ("mixed_batches", "Prediction of 8 images by several adapters", mixed_batch_table),
         ("switching", "Switching between merged adapters", switching_table),
         ("switching_bfloat16", "Switching between merged adapters in bfloat16", switching_table),
         ("disk", "On disk", disk_table),
@@ -145,6 +146,15 @@ def forward_table(rows: list[dict[str, Any]]) -> str:
         for row in rows
     ]
     return markdown_table(headings, cells)
+
+
+def mixed_batch_table(rows: list[dict[str, Any]]) -> str:
+    """Time of predictions by several adapters, relative to the plain model's."""
+    counts = sorted({row["adapters"] for row in rows})
+    ratios = {(row["method"], row["adapters"]): f"{row['to_plain']:.2f}" for row in rows}
+    names = dict.fromkeys(row["method"] for row in rows)
+    headings = ["method, time / plain", *(f"{count} adapter{'s' * (count > 1)}" for count in counts)]
+    return markdown_table(headings, [[name, *(ratios[name, count] for count in counts)] for name in names])
 
 
 def switching_table(rows: list[dict[str, Any]]) -> str:

@@ -27,7 +27,7 @@ from transformers import AutoConfig, Trainer, TrainingArguments, ViTForImageClas
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from pictures import picture, write_base, write_folder
-from trpts_peft import TRPTSCallback, finetuning
+from trpts_peft import TRPTSCallback, calibrate, finetuning
 from trpts_peft.data import process_state
 from trpts_peft.deployment import load_adapted
 from trpts_peft.finetuning import FinetuneSettings, finished, load_processor, prepare
@@ -415,6 +415,22 @@ def test_another_folder_is_not_touched(given: dict[str, Any], tmp_path: Path) ->
         with pytest.raises(ValueError, match="`output` must be a folder that can be written to"):
             run(given, output)
     assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["notes"]
+
+
+def test_of_two_runs_started_into_one_folder_one_is_refused(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = FinetuneSettings(output=tmp_path / "run", **given)
+
+    def overtaken(*arguments: Any, **options: Any) -> None:
+        monkeypatch.setattr(finetuning, "calibrate", calibrate)
+        prepare(replace(settings, seed=1))
+        calibrate(*arguments, **options)
+
+    monkeypatch.setattr(finetuning, "calibrate", overtaken)
+    with pytest.raises(ValueError, match="`output` must be empty or not there"):
+        prepare(settings)
+    assert json.loads((settings.output / "settings.json").read_text())["seed"] == 1
 
 
 def test_a_resumed_run_has_the_same_settings(done: Any) -> None:

@@ -273,6 +273,7 @@ def prepare(settings: FinetuneSettings) -> FinetuneRun:
     _check_fit(base, data, processor)
     run = FinetuneRun(settings, data, processor, base, state)
     run.model = _adapted(run, base)
+    check_output(settings.output, settings.to_dict())  # once more: another run may have started there meanwhile
     state.wait_for_everyone()  # before this process or another writes what the others check for
     if state.is_main_process:
         _set_up(run)

@@ -71,10 +71,6 @@ def main() -> None:
         dtype="float32",  # the head trains in the dtype of the file otherwise
     )
 
-    # The three lines that make it TR-PTS. calibrate comes before training: it gives parameters another shape.
-    model = get_peft_model(base, TRPTSConfig(keep_rate=arguments.keep_rate, modules_to_save=["classifier"]))
-    calibrate(model, images["train"])
-
     training = TrainingArguments(
         arguments.output,
         num_train_epochs=arguments.epochs,
@@ -88,6 +84,12 @@ def main() -> None:
         logging_strategy="epoch",
         remove_unused_columns=False,  # the transform needs the columns that the model does not
     )
+
+    # The lines that make it TR-PTS. calibrate comes before training: it gives parameters another shape.
+    model = get_peft_model(base, TRPTSConfig(keep_rate=arguments.keep_rate, modules_to_save=["classifier"]))
+    model.to(training.device)  # Trainer would do so, but calibration gains by it, too
+    calibrate(model, images["train"])
+
     trainer = Trainer(
         model,
         training,

@@ -85,6 +85,8 @@ def median_ratio(seconds: list[float], reference: list[float]) -> float:
 
 def _seconds(action: Callable[[], object]) -> float:
     clock = time.perf_counter if torch.cuda.is_initialized() else time.process_time
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # what came before is none of this action's time
     start = clock()
     action()
     if torch.cuda.is_initialized():

@@ -43,6 +43,16 @@ def results(tiny):
     return cost.measure_all(settings)
 
 
+def test_a_run_that_ends_early_has_its_sections_and_their_bars(tiny, capsys):
+    written = []
+    results = cost.measure_all(cost.Settings(), "disk", lambda results: written.append(list(results)))
+    assert written == [["settings", "machine", "disk"]]
+    bars = report.bars_of(results)
+    assert [bar.limit for bar in bars] == [6, 4]
+    report.print_report(results, bars)
+    assert "| bytes per trainable weight, float32 | 6.000 |" in capsys.readouterr().out
+
+
 # peft's SHiRA makes sparse tensors.
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 def test_every_table_is_filled_and_every_bar_is_judged(results, capsys, tmp_path):
@@ -51,6 +61,9 @@ def test_every_table_is_filled_and_every_bar_is_judged(results, capsys, tmp_path
     printed = capsys.readouterr().out
     for row in [*results["training"], *results["mixed"]]:
         assert f"| {row['method']} |" in printed
+    assert report.mixed_batch_table(results["mixed_batches"]) in printed
+    dealt = [(row["method"], row["adapters"]) for row in results["mixed_batches"]]
+    assert dealt == [(method, count) for method in ("LoRA r=8", "TR-PTS") for count in (1, 2, 4, 8)]
     assert {row["method"] for row in results["training"]} >= {
         "frozen",
         "LoRA r=8",

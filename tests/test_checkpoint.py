@@ -248,6 +248,16 @@ def test_bytes_per_trainable_weight(tmp_path: Path, dtype: torch.dtype, most: in
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @pytest.mark.parametrize("is_trainable", [False, True])
+def test_what_is_cast_as_it_is_loaded_trains_only_if_it_is_to(
+    saved: Path, low_cpu_mem_usage: bool, is_trainable: bool
+) -> None:
+    options = {"low_cpu_mem_usage": low_cpu_mem_usage, "is_trainable": is_trainable}
+    model = PeftModel.from_pretrained(build_vit().to(torch.bfloat16), saved, **options)
+    assert {p.requires_grad for n, p in model.named_parameters() if "trpts_" in n} == {is_trainable}
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("is_trainable", [False, True])
 def test_good_file_loads(saved: Path, logits: Tensor, low_cpu_mem_usage: bool, is_trainable: bool) -> None:
     options = {"low_cpu_mem_usage": low_cpu_mem_usage, "is_trainable": is_trainable}
     model = PeftModel.from_pretrained(build_vit(), saved, **options).eval()

@@ -147,6 +147,23 @@ def test_scores_do_not_depend_on_batches_or_workspace(tiny_vit, labelled_images,
     assert_scores(estimate(model, data, **options), dict(estimate(model, data)), rtol=1e-5)
 
 
+def test_the_next_batch_finds_nothing_of_the_last_one(tiny_vit, labelled_images):
+    vit, inputs = tiny_vit(), []
+
+    def watch(module, arguments):
+        assert all(storage.expired() for storage in inputs)
+
+    def note(module, arguments):
+        inputs.append(StorageWeakRef(arguments[0].untyped_storage()))
+
+    handles = [vit.register_forward_pre_hook(watch)]
+    handles += [block.mlp.fc1.register_forward_pre_hook(note) for block in vit.vit.layers]
+    estimate(vit, labelled_images(8))
+    for handle in handles:
+        handle.remove()
+    assert len(inputs) > len(vit.vit.layers)  # of more than one batch
+
+
 def test_gradient_scores_are_the_size_of_the_mean_gradient(tiny_vit, labelled_images):
     model, data = tiny_vit(), labelled_images(6)
     assert_scores(estimate(model, data, score="gradient"), naive_fisher(model, data, square=False))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from trpts_peft.sparse_linear import (
@@ -384,6 +385,45 @@ def test_a_large_gradient_is_formed_some_rows_at_a_time(monkeypatch):
     assert shapes == [(15, INPUTS), (4, INPUTS), (2, INPUTS)]  # the input's gradient, then the weight's in two parts
     for result, reference in zip(results, expected, strict=True):
         torch.testing.assert_close(result, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gpu_gets_larger_parts_of_a_gradient(monkeypatch):
+    monkeypatch.setattr("trpts_peft.sparse_linear._GRADIENT_ENTRIES", 4 * INPUTS)
+    products, product = [], torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: products.append(len(a)) or product(a, b))
+    x, weight, bias, columns, values = (part.detach().to("meta") for part in case(path="whole input"))
+    y = sparse_linear(x, weight, bias, columns, values.requires_grad_(), torch.arange(40, device="meta"), columns)
+    y.sum().backward()
+    assert products[-1] == ROWS
+
+
+class Sparse(nn.Module):
+    """The product with what a layer holds of it; a compiler takes what belongs to a module for kept anyway."""
+
+    def __init__(self, weight, bias, columns, values):
+        super().__init__()
+        used, slots = index_columns(columns)
+        self.values = nn.Parameter(values.detach())
+        for name, part in (("weight", weight), ("bias", bias), ("columns", columns), ("used", used), ("slots", slots)):
+            self.register_buffer(name, part.detach())
+
+    def forward(self, x):
+        return sparse_linear(x, self.weight, self.bias, self.columns, self.values, self.used, self.slots, distinct=True)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own
+@each_path
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiler_keeps_no_second_dense_weight(path, dtype):
+    x, *parts = case(dtype, path=path)
+    layer = Sparse(*parts)
+    compiled = torch.compile(layer, backend="aot_eager_decomp_partition", fullgraph=True)  # parted as by the default
+    y = compiled(x)
+    expected = torch.autograd.grad(layer(x).sum(), [x, layer.values])
+    for result, reference in zip(torch.autograd.grad(y.sum(), [x, layer.values]), expected, strict=True):
+        torch.testing.assert_close(result, reference)
+    saved = saved_by(lambda: compiled(x))
+    assert {t.data_ptr() for t in saved if t.shape == layer.weight.shape} <= {layer.weight.data_ptr()}
 
 
 @each_path

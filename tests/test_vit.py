@@ -708,3 +708,14 @@ def test_a_plain_reduced_model_travels(tmp_path: Path) -> None:
     loaded = ViTForImageClassification.from_pretrained(tmp_path)
     apply_token_selection(loaded)
     assert torch.equal(predict(loaded), predict(model))
+
+
+@pytest.mark.parametrize("device", [None, "meta"])
+def test_the_record_of_a_rate_lies_with_the_blocks_or_where_it_is_told(device: str | None) -> None:
+    model = adapter()
+    selection = token_selections(model.get_base_model())[1]
+    if device is None:
+        model.to("meta")
+        selection.trpts_keep_ppm["default"] = torch.tensor(500_000)  # as a loader leaves it that reads to the CPU
+    selection._move_adapter_to_device_of_base_layer("default", device)
+    assert selection.trpts_keep_ppm["default"].is_meta

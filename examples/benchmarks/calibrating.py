@@ -28,7 +28,7 @@ def fisher_rows(images: int, device: str) -> list[dict[str, Any]]:
     seconds = interleaved_seconds(actions, ROUNDS)
     model.zero_grad()
     scored: list[int] = []
-    peak = peak_bytes(lambda: scored.extend(score.numel() for score in fisher(data[:BATCH_SIZE]).values()))
+    peak = peak_bytes(lambda: scored.extend(score.numel() for score in fisher(data[: 2 * BATCH_SIZE]).values()))
     batch = {key: value.to(device) for key, value in next(iter(DataLoader(data, BATCH_SIZE))).items()}
     return [
         {

@@ -191,8 +191,10 @@ def _compiled(model: nn.Module) -> Any:
     return torch.compile(model, fullgraph=True)
 
 
-def measure_all(settings: Settings, only: str | None = None) -> dict[str, Any]:
-    """Every section, or `only` one of them, as the content of the JSON file."""
+def measure_all(
+    settings: Settings, only: str | None = None, on_section: Callable[[dict[str, Any]], None] = lambda results: None
+) -> dict[str, Any]:
+    """Every section, or `only` one of them, as the content of the JSON file; `on_section` gets what is there of it."""
     sections: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "training": lambda: training_rows(settings),
         "mixed": lambda: mixed_rows(settings),
@@ -212,6 +214,7 @@ def measure_all(settings: Settings, only: str | None = None) -> dict[str, Any]:
             continue
         print(f"measuring: {name}", flush=True)
         results[name] = section()
+        on_section(results)
     return results
 
 
@@ -242,19 +245,22 @@ def main() -> None:
         parser.error("`--device cuda` needs a CUDA device, got none: leave it out.")
     # peft 0.21 asks for the old name of a property of transformers 5.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-    torch.set_num_threads(1)
+    if arguments.device == "cpu":
+        torch.set_num_threads(1)  # processor time of several counts their waiting
     settings = CUDA if arguments.device == "cuda" else SHORT if arguments.short else CPU
     path = arguments.output / "cost.json"
-    if arguments.only and not path.is_file():
-        parser.error(f"`--only` needs an earlier run in {arguments.output}, got none: leave it out.")
-    earlier = json.loads(path.read_text(encoding="utf-8")) if arguments.only else {}
-    results = {**earlier, **measure_all(settings, arguments.only)}
-    bars: list[Bar] = bars_of(results)
-    results["bars"] = [asdict(bar) for bar in bars]
+    earlier = json.loads(path.read_text(encoding="utf-8")) if arguments.only and path.is_file() else {}
     arguments.output.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+    def write(results: dict[str, Any]) -> None:  # after each section: a run may end before all are done
+        path.write_text(json.dumps({**earlier, **results}, indent=1) + "\n", encoding="utf-8")
+
+    results = {**earlier, **measure_all(settings, arguments.only, write)}
+    bars: list[Bar] = bars_of(results)
+    write({**results, "bars": [asdict(bar) for bar in bars]})
     print_report(results, bars)
-    draw(results, arguments.output / "cost.png")
+    if {"training", "forward"} <= set(results):
+        draw(results, arguments.output / "cost.png")
 
 
 if __name__ == "__main__":

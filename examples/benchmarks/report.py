@@ -28,11 +28,29 @@ class Bar:
 
 def bars_of(results: Results) -> list[Bar]:
     """All bars that the measurements say something about."""
-    training = {row["method"]: row for row in results["training"]}
-    (fisher,) = results["fisher"]
+    training = {row["method"]: row for row in results.get("training", [])}
+    bars = _training_bars(training) if training else []
+    for fisher in results.get("fisher", []):
+        limit = 1.20 if results["settings"]["device"] == "cuda" else 1.35
+        beyond = fisher["peak_bytes"] - fisher["score_bytes"]
+        allowed = fisher["workspace_bytes"] + fisher["activation_bytes"]
+        bars.append(Bar("Fisher to plain forward and backward", fisher["fisher_to_plain"], "≤", limit))
+        what = "Fisher memory beyond model and scores, to workspace + activations"
+        bars.append(Bar(what, beyond / allowed, "≤", 1.0))
+    for row in results.get("inference", []):
+        if row["model"].endswith("0.8"):
+            how = "compiled" if row["compiled"] else "eager"
+            what = f"prediction, keep rate 0.8, batch {row['batch']}, {how}, to ideal"
+            bars.append(Bar(what, row["of_ideal"], "≥", 0.95 if row["batch"] > 1 else 0.90))
+    for row in results.get("switching", [])[:1]:
+        bars.append(Bar("adapter switch, to LoRA's unmerge and merge", row["to_lora"], "≤", 0.05))
+    for row, limit in zip(results.get("disk", []), (6, 4), strict=False):
+        bars.append(Bar(f"bytes per trainable weight, {row['dtype']}", row["bytes_per_weight"], "≤", limit))
+    return bars
+
+
+def _training_bars(training: dict[str, Any]) -> list[Bar]:
     ours, tokens = training["TR-PTS"], training["TR-PTS, keep rate 0.8"]
-    beyond = fisher["peak_bytes"] - fisher["score_bytes"]
-    allowed = fisher["workspace_bytes"] + fisher["activation_bytes"]
     bars = [
         Bar("training step, keep rate 1, to frozen", ours["step_to_frozen"], "≤", 1.10),
         Bar("training step, keep rate 1, to LoRA r=8", ours["step_to_lora"], "<", 1.00),
@@ -42,18 +60,6 @@ def bars_of(results: Results) -> list[Bar]:
         for other, limit in (("LoRA r=8", 0.78), ("full", 0.45)):
             ratio = ours[kind] / training[other][kind]
             bars.append(Bar(f"training memory, {what}, to {other}", ratio, "≤", limit))
-    limit = 1.20 if results["settings"]["device"] == "cuda" else 1.35
-    bars.append(Bar("Fisher to plain forward and backward", fisher["fisher_to_plain"], "≤", limit))
-    bars.append(Bar("Fisher memory beyond model and scores, to workspace + activations", beyond / allowed, "≤", 1.0))
-    for row in results["inference"]:
-        if row["model"].endswith("0.8"):
-            how = "compiled" if row["compiled"] else "eager"
-            what = f"prediction, keep rate 0.8, batch {row['batch']}, {how}, to ideal"
-            bars.append(Bar(what, row["of_ideal"], "≥", 0.95 if row["batch"] > 1 else 0.90))
-    switch = results["switching"][0]["to_lora"]
-    bars.append(Bar("adapter switch, to LoRA's unmerge and merge", switch, "≤", 0.05))
-    for row, limit in zip(results["disk"], (6, 4), strict=True):
-        bars.append(Bar(f"bytes per trainable weight, {row['dtype']}", row["bytes_per_weight"], "≤", limit))
     return bars
 
 

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from .checkpoint import adapted_linears
+from .checkpoint import adapted_linears, trained_parameters
 from .config import TRPTSConfig
 from .data import Batches, check_whole, of_first_process, processes
 from .families import find_family
@@ -34,7 +34,7 @@ from .measurement import (
 from .probe import LinearProbe, fit_linear_probe
 from .selection import Selection, check_feasible, select
 from .stale import retire_users_of
-from .vit import check_no_fixed_selection, check_token_layers, install_keep_rates
+from .vit import check_no_fixed_selection, install_keep_rates
 
 __all__ = ["calibrate"]
 
@@ -130,7 +130,7 @@ def _find_adapter(model: nn.Module, adapter_name: str | None) -> tuple[nn.Module
 
 def _check_calibratable(base: nn.Module, config: TRPTSConfig, adapter_name: str, overwrite: bool) -> None:
     check_whole(base)
-    layers = [m for m in base.modules() if isinstance(m, TRPTSLinear) and adapter_name in m.trpts_values]
+    layers = [layer for _, layer in adapted_linears(base, adapter_name)]
     if any(layer.merged for layer in layers):
         raise ValueError("`model` must hold no merged adapter, got one: call `unmerge_adapter()` first.")
     trained = config.init_weights and any(layer.is_trained(adapter_name) for layer in layers)
@@ -140,11 +140,7 @@ def _check_calibratable(base: nn.Module, config: TRPTSConfig, adapter_name: str,
             f"`overwrite` must be True to calibrate adapter {adapter_name!r} again, got False: its columns, values and "
             "head would be replaced."
         )
-    if isinstance(config.token_layers, list) and config.token_layers:
-        check_token_layers(base, config.token_layers)
-    elif config.token_layers and find_family(base) is not None:
-        check_token_layers(base, [], received=config.token_layers)
-    elif config.token_layers:
+    if isinstance(config.token_layers, int) and config.token_layers and find_family(base) is None:
         name = type(base).__name__
         logger.warning("%s is of no family in which tokens can be selected: all of them stay. See README.", name)
     if config.token_layers:
@@ -228,8 +224,7 @@ def _install(
         layer = base.get_submodule(name)
         assert isinstance(layer, TRPTSLinear)
         layer.replace_columns(adapter_name, columns)
-    own = [part for _, layer in adapted_linears(base, adapter_name) for part in layer.trained_parts(adapter_name)]
-    retire_users_of(own)
+    retire_users_of(trained_parameters(base, adapter_name))
     if not any(layer.trpts_values[adapter_name].requires_grad for _, layer in adapted_linears(base, adapter_name)):
         logger.warning("Adapter '%s' is not trainable: activate it, or load it with `is_trainable=True`.", adapter_name)
     install_keep_rates(base, adapter_name, dict.fromkeys(selection.token_layers, config.keep_rate))

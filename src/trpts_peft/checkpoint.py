@@ -67,6 +67,11 @@ def adapted_linears(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, 
             yield name, module
 
 
+def trained_parameters(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
+    """What the adapter trains in them: values and biases."""
+    return [part for _, layer in adapted_linears(model, adapter_name) for part in layer.trained_parts(adapter_name)]
+
+
 def _refuse(name: str, rule: str, got: object, remedy: str) -> None:
     raise ValueError(f"The adapter's `{name}` must be {rule}, got {got}: {remedy}.")
 
@@ -280,19 +285,19 @@ def saved_module_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tenso
     }
 
 
+def parts_of(model: nn.Module, adapter_name: str) -> list[TRPTSLinear | AdapterTokenSelection]:
+    """The modules that hold something of the adapter's: its linears and its token selections."""
+    linears = [layer for _, layer in adapted_linears(model, adapter_name)]
+    return [*linears, *(m for m in model.modules() if isinstance(m, AdapterTokenSelection))]
+
+
 def check_adapter(model: nn.Module, config: TRPTSConfig, adapter_name: str) -> None:
     """Check an adapter that a loader may have put into the model without passing by `check_state_dict`.
 
     Raises:
         ValueError: as `check_state_dict`, or only a part of the adapter was loaded.
     """
-    layers = [layer for _, layer in adapted_linears(model, adapter_name)]
-    parameters = [
-        part[adapter_name]
-        for layer in layers
-        for part in (layer.trpts_values, layer.trpts_bias)
-        if adapter_name in part
-    ]
+    parameters = trained_parameters(model, adapter_name)
     saved = saved_module_tensors(model, adapter_name).values()
     parameters += [tensor for tensor in saved if isinstance(tensor, nn.Parameter)]
     # Set by transformers' loader; it stays on parameters as the model moves, on buffers it does not.
@@ -301,9 +306,6 @@ def check_adapter(model: nn.Module, config: TRPTSConfig, adapter_name: str) -> N
         missing = f"{len(loaded) - sum(loaded)} of {len(loaded)} missing"
         _refuse("parameters", "all in the file", missing, "the file does not fit its `adapter_config.json`")
     if not any(loaded) and config.connections is not None:
-        for layer in layers:
-            layer.expect_no_file(adapter_name)
-        for module in model.modules():
-            if isinstance(module, AdapterTokenSelection):
-                module.expect_no_file(adapter_name)
+        for part in parts_of(model, adapter_name):
+            part.expect_no_file(adapter_name)
     check_state_dict(model, config, adapter_name, model.state_dict())

@@ -290,6 +290,13 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         turns = torch.arange(min(_FINGERPRINT_SIZE, entries.numel()), device=entries.device) * _GOLDEN % 2**32
         return entries[turns * entries.numel() // 2**32].float()
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """As PEFT does; what it makes anew would train, even for inference."""
+        trains = [parameter.requires_grad for parameter in self.trained_parts(adapter_name)]
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        for parameter, flag in zip(self.trained_parts(adapter_name), trains, strict=True):
+            parameter.requires_grad_(flag)
+
     # ---- forward ----
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

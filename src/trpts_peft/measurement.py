@@ -162,6 +162,7 @@ def measure(
             if loss.shape != targets.shape[:1]:
                 raise ValueError(f"`loss_fn` must return one loss per sample, got shape {tuple(loss.shape)}.")
             collector.add(loss)
+            del loss, outputs  # they hold the inputs of all linears, which would stay during the next forward pass
     scores = collector.result(sum_of_processes if batches.world > 1 else (lambda total: total))
     _check_measured(scores)
     idle = [name for name in linears if name not in collector.called]
@@ -264,9 +265,9 @@ def collect_features(
             if features.dim() != 2 or len(features) != len(labels):
                 shapes = f"{tuple(features.shape)} with labels {tuple(labels.shape)}"
                 raise ValueError(f"`probe_head` must be False where the head does not see (B, features), got {shapes}.")
-            mine.append((k * batches.world + batches.rank, features.cpu().double(), labels.cpu()))
+            mine.append((k * batches.world + batches.rank, features.cpu(), labels.cpu()))
     parts = gather_object(mine) if batches.world > 1 else mine
     if not parts:
         raise ValueError("`data` must hold at least one sample, got none.")
     parts = sorted(parts, key=lambda part: part[0])
-    return torch.cat([part[1] for part in parts]), torch.cat([part[2] for part in parts])
+    return torch.cat([part[1] for part in parts]).double(), torch.cat([part[2] for part in parts])

@@ -20,7 +20,15 @@ from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
 
-from .checkpoint import adapted_linears, check_file, pack_columns, saved_module_tensors, unpack_columns
+from .checkpoint import (
+    adapted_linears,
+    check_file,
+    pack_columns,
+    parts_of,
+    saved_module_tensors,
+    trained_parameters,
+    unpack_columns,
+)
 from .config import TRPTSConfig
 from .data import check_loading, check_whole
 from .families import FAMILIES
@@ -30,6 +38,7 @@ from .sparse_linear import digest
 from .tuner_layer import PREFIX, TRPTSLayer
 from .vit import (
     AdapterTokenSelection,
+    adapter_selections,
     apply_token_selection,
     check_no_fixed_selection,
     check_token_layers,
@@ -37,7 +46,6 @@ from .vit import (
     forget_token_selection,
     install_keep_rates,
     remove_token_selection,
-    token_selections,
 )
 from .weighted import add_weighted_adapter
 from .withdrawal import LoadCheck, restore_modules, restore_trainable, trainable_names
@@ -66,11 +74,8 @@ class TRPTSModel(BaseTuner):
             # Injected without a PeftModel, perhaps by transformers' `load_adapter`, which calls none of our hooks.
             model.register_forward_pre_hook(LoadCheck(adapter_name, self.trainable_before, active))
             if peft_config.connections is not None:
-                for module in model.modules():
-                    if isinstance(module, AdapterTokenSelection) or (
-                        isinstance(module, TRPTSLinear) and adapter_name in module.trpts_columns
-                    ):
-                        module.expect_file(adapter_name)
+                for part in parts_of(model, adapter_name):
+                    part.expect_file(adapter_name)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Refuse a config that does not fit the model before anything is changed."""
@@ -138,12 +143,10 @@ class TRPTSModel(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """As PEFT does; what it makes anew would train, even where the adapter is inactive or for inference."""
-        layers = [layer for _, layer in adapted_linears(self.model, adapter_name)]
-        parts = [p for layer in layers for p in (layer.trpts_values, layer.trpts_bias) if adapter_name in p]
-        trains = [part[adapter_name].requires_grad for part in parts]
+        trains = [parameter.requires_grad for parameter in trained_parameters(self.model, adapter_name)]
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for part, flag in zip(parts, trains, strict=True):
-            part[adapter_name].requires_grad_(flag)
+        for parameter, flag in zip(trained_parameters(self.model, adapter_name), trains, strict=True):
+            parameter.requires_grad_(flag)
 
     # ---- forward ----
 
@@ -173,7 +176,7 @@ class TRPTSModel(BaseTuner):
         unknown = set(adapter_names) - set(self.peft_config) - {"__base__"}
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
-        for selection in _selections(self.model):
+        for selection in adapter_selections(self.model).values():
             if selection.enabled:
                 selection.rate_of(adapter_names)  # samples of one batch must keep equally many tokens
                 if selection.rate_of(adapter_names[:1]) != selection.keep_rate:
@@ -194,9 +197,7 @@ class TRPTSModel(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write the updates of the active (or the named) adapters into the base weights; `unmerge_adapter` is exact."""
         layers = _tuner_layers(self.model)
-        _check_whole(layers)
-        self._check_alike(_merged_with(layers, adapter_names or self.active_adapters), layers)
-        _check_entries(layers if safe_merge else [], adapter_names or self.active_adapters)
+        self._check_merge(layers, adapter_names, safe_merge)
         self._check_merge_allowed()
         _on_each(layers, lambda layer: layer.merge(safe_merge, adapter_names))
 
@@ -205,6 +206,16 @@ class TRPTSModel(BaseTuner):
         layers = _tuner_layers(self.model)
         _check_present(layers)
         _on_each(reversed(layers), lambda layer: layer.unmerge())  # two may share a weight, merged one after the other
+
+    def _check_merge(self, layers: list[Any], adapter_names: list[str] | None, safe_merge: bool) -> list[str]:
+        """Refuse before any layer is merged; returns the adapters that are merged then, those of before included."""
+        _check_whole(layers)
+        wanted = adapter_names or self.active_adapters
+        names = _merged_with(layers, wanted)
+        self._check_alike(names, layers)
+        if safe_merge:
+            _check_entries(layers, wanted)
+        return names
 
     def _check_merge_allowed(self) -> None:
         """As PEFT's, which composes its warning of tied embeddings before it asks whether one is adapted."""
@@ -268,29 +279,22 @@ class TRPTSModel(BaseTuner):
             keep_token_selection: False returns a plain model, whose outputs differ where tokens were selected. True
                 leaves the rates in `config.trpts_keep_rates`, for `apply_token_selection` after `from_pretrained`.
         """
-        layers = _tuner_layers(self.model)
-        _check_whole(layers)
-        names = _merged_with(layers, adapter_names or self.active_adapters)
-        self._check_alike(names, layers)
-        _check_entries(layers if safe_merge else [], adapter_names or self.active_adapters)
-        enabled = any(selection.enabled for selection in _selections(self.model))
+        names = self._check_merge(_tuner_layers(self.model), adapter_names, safe_merge)
         rates = {
             index: rate
-            for index, selection in token_selections(self.model).items()
-            if isinstance(selection, AdapterTokenSelection)
-            and enabled
-            and (rate := selection.rate_of(names) or 1.0) < 1
+            for index, selection in adapter_selections(self.model).items()
+            if selection.enabled and (rate := selection.rate_of(names)) is not None
         }
         model: nn.Module = super().merge_and_unload(
             progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
         remove_token_selection(model)
-        if rates and keep_token_selection:
-            apply_token_selection(model, rates)
-        elif not keep_token_selection or not token_selections(model):
+        if not keep_token_selection:
             forget_token_selection(model)
-        if rates and not keep_token_selection:
-            logger.warning("Token selection is dropped: the outputs of the merged model differ from the adapter's.")
+            if rates:
+                logger.warning("Token selection is dropped: the outputs of the merged model differ from the adapter's.")
+        elif rates:
+            apply_token_selection(model, rates)
         return model
 
     def unload(self) -> nn.Module:
@@ -300,8 +304,6 @@ class TRPTSModel(BaseTuner):
         restore_modules(self.model)
         model: nn.Module = super().unload()
         remove_token_selection(model)
-        if not token_selections(model):
-            forget_token_selection(model)
         restore_trainable(model, self.trainable_before)
         return model
 
@@ -430,10 +432,6 @@ def _on_each(layers: Iterable[Any], act: Callable[[Any], None]) -> None:
                 act(layer)
         else:
             act(layer)
-
-
-def _selections(model: nn.Module) -> list[AdapterTokenSelection]:
-    return [s for s in token_selections(model).values() if isinstance(s, AdapterTokenSelection)]
 
 
 def _count(config: TRPTSConfig, name: str, in_features: int) -> int:

@@ -70,10 +70,9 @@ def _undo_failed_loading() -> None:
 
 
 def _is_kept_in_16_bits(model: PeftModel, adapter_name: str) -> bool:
-    from .layer import TRPTSLinear  # anew in each call, as in `_undone`
+    from .checkpoint import trained_parameters  # anew in each call, as in `_undone`
 
-    layers = [m for m in model.modules() if isinstance(m, TRPTSLinear) and adapter_name in m.trpts_values]
-    return any(part.dtype.itemsize < 4 for layer in layers for part in layer.trained_parts(adapter_name))
+    return any(parameter.dtype.itemsize < 4 for parameter in trained_parameters(model, adapter_name))
 
 
 def _undone(model: nn.Module) -> AbstractContextManager[None]:

@@ -122,7 +122,8 @@ def check_feasible(config: TRPTSConfig, shapes: Mapping[str, tuple[int, int]], m
         model: the base model, for its blocks.
 
     Raises:
-        ValueError: the budget cannot be met, or there are fewer candidate blocks than token layers are asked for.
+        ValueError: the budget cannot be met, the model cannot select tokens where it is to, or there are fewer
+            candidate blocks than token layers are asked for.
     """
     if config.budget is not None:
         size = sum(rows * inputs for rows, inputs in shapes.values())
@@ -136,7 +137,10 @@ def check_feasible(config: TRPTSConfig, shapes: Mapping[str, tuple[int, int]], m
                 f"neurons at `max_connections`, which is {config.max_connections}, or their inputs), got "
                 f"{config.budget!r}."
             )
-    if isinstance(config.token_layers, int) and config.token_layers and find_family(model) is not None:
+    if isinstance(config.token_layers, list):
+        check_token_layers(model, config.token_layers)
+    elif config.token_layers and find_family(model) is not None:
+        check_token_layers(model, config.token_layers)
         candidates = len(set(_blocks_of(shapes, model).values()))
         if config.token_layers > candidates:
             raise ValueError(
@@ -222,11 +226,9 @@ def _choose_token_layers(
     model: nn.Module,
 ) -> tuple[int, ...]:
     if isinstance(config.token_layers, list):
-        check_token_layers(model, config.token_layers)
-        return tuple(sorted(config.token_layers))
+        return tuple(config.token_layers)
     if config.token_layers == 0 or find_family(model) is None:
         return ()
-    check_token_layers(model, [], received=config.token_layers)
     candidates = _rank_blocks(scores, connections, shapes, config, model)
     if config.token_placement == "random":
         return tuple(sorted(random.Random(config.seed).sample(sorted(candidates), config.token_layers)))

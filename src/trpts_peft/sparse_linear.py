@@ -20,7 +20,8 @@ __all__ = [
 
 # A rule of thumb: q, k and v share one input, but no used columns, so from some share on all of it takes less memory.
 _WHOLE_INPUT_SHARE = 1 / 2
-_GRADIENT_ENTRIES = 2**18  # of a weight gradient at a time, where all of the input was kept
+# Of a weight gradient at a time, where all of the input was kept: what a CPU's cache holds, and enough for a GPU.
+_GRADIENT_ENTRIES, _GRADIENT_ENTRIES_OF_GPU = 2**18, 2**24
 
 
 def index_columns(columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,26 +143,31 @@ class _SparseLinear(torch.autograd.Function):
         needs_x, _, needs_bias, needs_update, _, needs_values, *_ = ctx.needs_input_grad
         grad_x = grad_sum = grad_values = None
         visited, count = _rows_to_visit(grad_rows, ctx.shape), grad_rows.shape[0]
-        if ctx.keep == "input":
-            kept = kept.reshape(-1, ctx.shape[-1])
-        if visited is not None:
-            grad_rows = grad_rows[visited]
-            kept = None if kept is None else kept.index_select(1 if ctx.keep == "used" else 0, visited)
+        grad_rows = _visited(grad_rows, 0, visited)
         if needs_x:  # composed again, so that no dense copy of W is kept between forward and backward
-            grad_x = grad_rows @ compose_weight(weight, columns, values, dtype=grad_rows.dtype, distinct=ctx.distinct)
+            grad_x = grad_rows @ _composed_again(weight, columns, values, grad_rows.dtype, ctx.distinct)
             if visited is not None:
                 grad_x = grad_x.new_zeros(count, grad_x.shape[1]).index_copy_(0, visited, grad_x)
             grad_x = grad_x.view(ctx.shape)
         if needs_values and ctx.keep == "used":
-            grad_used = kept @ grad_rows
+            grad_used = _visited(kept, 1, visited) @ grad_rows
             grad_values = grad_used.t().gather(1, slots)
             grad_sum = grad_used[-1] if _sums_by_product(grad_rows) else None
         elif needs_values:
-            grad_values = _gathered_gradient(kept, grad_rows, columns)
+            inputs = _visited(kept.reshape(-1, ctx.shape[-1]), 0, visited)
+            grad_values = _gathered_gradient(inputs, grad_rows, columns)
         if grad_sum is None and (needs_bias or needs_update):
             grad_sum = grad_rows.sum(dim=0)
         grad_bias, grad_update = grad_sum if needs_bias else None, grad_sum if needs_update else None
         return grad_x, None, grad_bias, grad_update, None, grad_values, None, None, None, None
+
+
+def _composed_again(weight: Tensor, columns: Tensor, values: Tensor, dtype: torch.dtype, distinct: bool) -> Tensor:
+    """W + Δ in backward. A compiler would find the words of forward here once more, and keep what they gave."""
+    if not torch.compiler.is_compiling():
+        return compose_weight(weight, columns, values, dtype=dtype, distinct=distinct)
+    rows = torch.arange(columns.shape[0], device=columns.device).unsqueeze(1)
+    return converted(weight.index_put((rows, columns), converted(values, weight.dtype), accumulate=True), dtype)
 
 
 def _sums_by_product(rows: Tensor) -> bool:
@@ -196,9 +202,14 @@ def _rows_to_visit(grad_rows: Tensor, shape: torch.Size) -> Tensor | None:
     return (first + visited).flatten()
 
 
+def _visited(tensor: Tensor, dim: int, rows: Tensor | None) -> Tensor:
+    return tensor if rows is None else tensor.index_select(dim, rows)
+
+
 def _gathered_gradient(rows: Tensor, grad_rows: Tensor, columns: Tensor) -> Tensor:
     """The entries at `columns` (out, C) of Gᵀ X (out, in), of which only some rows exist at a time."""
-    size = max(1, _GRADIENT_ENTRIES // rows.shape[1])
+    entries = _GRADIENT_ENTRIES if rows.device.type == "cpu" else _GRADIENT_ENTRIES_OF_GPU
+    size = max(1, entries // rows.shape[1])
     parts = zip(grad_rows.split(size, dim=1), columns.split(size), strict=True)
     return torch.cat([(part.t() @ rows).gather(1, places) for part, places in parts])
 

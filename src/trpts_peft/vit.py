@@ -7,7 +7,7 @@ also gets a child module `token_selection`, which knows the rate. Removing the s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -188,7 +188,10 @@ class AdapterTokenSelection(TokenSelection, TRPTSLayer):
         return self.own_rate(adapter_name) is None
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """The only tensor here is a record of a Python number: it needs to be nowhere in particular."""
+        """Move the record of the adapter's rate to where that of every adapter is made."""
+        if adapter_name in self.trpts_keep_ppm and not self.trpts_keep_ppm[adapter_name].is_meta:
+            device = self._device() if device is None else device
+            self.trpts_keep_ppm[adapter_name] = self.trpts_keep_ppm[adapter_name].to(device)
 
     def extra_repr(self) -> str:
         return f"keep_rates={self.keep_rates}"
@@ -271,16 +274,19 @@ def token_selections(model: nn.Module) -> dict[int, TokenSelection]:
     return {index: selection for index, selection in found.items() if selection is not None}
 
 
+def adapter_selections(model: nn.Module) -> dict[int, AdapterTokenSelection]:
+    """The same for those that follow adapters, not a fixed rate."""
+    return {i: s for i, s in token_selections(model).items() if isinstance(s, AdapterTokenSelection)}
+
+
 def keep_rates_in_force(model: nn.Module) -> dict[int, float]:
     """{block index: rate} of the blocks that select tokens as the model stands."""
     rates = {index: selection.keep_rate for index, selection in token_selections(model).items()}
     return {index: rate for index, rate in rates.items() if rate is not None}
 
 
-def check_token_layers(
-    model: nn.Module, indices: list[int], argument: str = "token_layers", received: object = None
-) -> None:
-    """Refuse block indices that `model` cannot select tokens in.
+def check_token_layers(model: nn.Module, layers: int | list[int], argument: str = "token_layers") -> None:
+    """Refuse block indices, or a number of blocks yet to be chosen, that `model` cannot select tokens in.
 
     Raises:
         ValueError: the model is outside the table of families, needs every patch, has no such block, or blocks whose
@@ -290,24 +296,22 @@ def check_token_layers(
     if family is None:
         names = ", ".join(f.model_type for f in FAMILIES)
         raise ValueError(
-            f"`{argument}` must be an integer for a model that is no supported ViT ({names}), got {indices}: leave it "
+            f"`{argument}` must be an integer for a model that is no supported ViT ({names}), got {layers}: leave it "
             "at its default, parameter selection works all the same."
         )
     for module in model.modules():
         if isinstance(module, family.refused):
             raise ValueError(
-                f"`{argument}` must be 0 for {type(module).__name__}, which needs every patch, got "
-                f"{indices if received is None else received}."
+                f"`{argument}` must be 0 for {type(module).__name__}, which needs every patch, got {layers}."
             )
     blocks = _blocks_of(model)
-    if any(index >= len(blocks) for index in indices):
-        raise ValueError(f"`{argument}` must be block indices below {len(blocks)}, got {indices}.")
-    asked = indices if received is None else received
-    changed = [*blocks[min(indices, default=0) :]]
-    changed += [cast(Any, block).attention for index, block in enumerate(blocks) if index in indices or not indices]
-    if asked and any(_passes_class_by(module, family) for module in changed):
+    possible = range(len(blocks)) if isinstance(layers, int) else layers
+    if any(index >= len(blocks) for index in possible):
+        raise ValueError(f"`{argument}` must be block indices below {len(blocks)}, got {layers}.")
+    changed = [*blocks[min(possible, default=len(blocks)) :], *(cast(Any, blocks[i]).attention for i in possible)]
+    if any(_passes_class_by(module, family) for module in changed):
         raise ValueError(
-            f"`{argument}` must be of blocks that run the `forward` of their class, got {asked} for a model with "
+            f"`{argument}` must be of blocks that run the `forward` of their class, got {layers} for a model with "
             "others, which would select nothing: compile or replace a block's `forward` afterwards, or select none."
         )
 
@@ -333,13 +337,6 @@ def _refresh_classes(blocks: tuple[nn.Module, ...]) -> None:
 def _passes_class_by(module: nn.Module, family: Family) -> bool:
     """Whether another class would make no difference to a stock module, whose `forward` was replaced or compiled."""
     return type(module) in (family.layer_class, family.attention_class) and has_own_forward(module)
-
-
-def _adapter_selections(model: nn.Module) -> Iterator[tuple[nn.Module, AdapterTokenSelection]]:
-    for _, block in find_blocks(model):
-        selection = getattr(block, _CHILD, None)
-        if isinstance(selection, AdapterTokenSelection):
-            yield block, selection
 
 
 def _new_selection(model: nn.Module) -> AdapterTokenSelection:
@@ -372,24 +369,30 @@ def install_keep_rates(model: nn.Module, adapter_name: str, rates: Mapping[int, 
     drop_idle_selections(model)
 
 
-def drop_idle_selections(model: nn.Module) -> None:
-    """Restore the stock blocks where no adapter selects tokens any more."""
-    for block, selection in list(_adapter_selections(model)):
-        if not selection.selects:
+def _drop_selections(model: nn.Module, is_dropped: Callable[[TokenSelection], bool]) -> None:
+    """Restore the stock blocks where the token selection is one of these."""
+    for block in _blocks_of(model):
+        selection = getattr(block, _CHILD, None)
+        if selection is not None and is_dropped(selection):
             delattr(block, _CHILD)
     _refresh_classes(_blocks_of(model))
 
 
+def drop_idle_selections(model: nn.Module) -> None:
+    """Restore the stock blocks where no adapter selects tokens any more."""
+    _drop_selections(model, lambda selection: not selection.selects)
+
+
 def remove_token_selection(model: nn.Module) -> None:
-    """Restore the stock blocks of all adapters."""
-    for block, _ in list(_adapter_selections(model)):
-        delattr(block, _CHILD)
-    _refresh_classes(_blocks_of(model))
+    """Restore the stock blocks of all adapters, and the config where nothing selects tokens any more."""
+    _drop_selections(model, lambda selection: isinstance(selection, AdapterTokenSelection))
+    if not token_selections(model):
+        _write_rates(_config_of(model), {})
 
 
 def check_no_fixed_selection(model: nn.Module) -> None:
     """Refuse a model that selects tokens at fixed rates already, where an adapter is to select them."""
-    if any(not isinstance(s, AdapterTokenSelection) for s in token_selections(model).values()):
+    if len(token_selections(model)) > len(adapter_selections(model)):
         raise ValueError(
             "`model` must not select tokens at fixed rates when an adapter does, got one that does: call "
             "`apply_token_selection(model, {})` before it gets an adapter, or set `token_layers=0`."
@@ -398,10 +401,7 @@ def check_no_fixed_selection(model: nn.Module) -> None:
 
 def forget_token_selection(model: nn.Module) -> None:
     """Drop fixed rates, and those that a config carries from a merged model."""
-    for block in _blocks_of(model):
-        if getattr(block, _CHILD, None) is not None:
-            delattr(block, _CHILD)
-    _refresh_classes(_blocks_of(model))
+    _drop_selections(model, lambda _: True)
     _write_rates(_config_of(model), {})
 
 
@@ -422,9 +422,8 @@ def set_token_selection(model: nn.Module, enabled: bool) -> None:
             "`model` must select tokens in some block, got one that does not: use `calibrate`, a list as "
             "`token_layers`, or `apply_token_selection`."
         )
-    for selection in selections.values():
-        if enabled and isinstance(selection, AdapterTokenSelection):
-            selection.rate_of(selection.merged_adapters or selection.active_adapters)
+    for following in adapter_selections(model).values() if enabled else ():
+        following.rate_of(following.merged_adapters or following.active_adapters)
     for selection in selections.values():
         selection.enabled = enabled
 
@@ -451,11 +450,9 @@ def apply_token_selection(model: nn.Module, keep_rates: Mapping[int, float] | No
             f"`keep_rates` must be given for a model whose config has no `{_CONFIG_KEY}`: pass {{block index: rate}}."
         )
     rates = _checked_rates(model, keep_rates)
-    for index, (_, block) in enumerate(find_blocks(model)):
-        if getattr(block, _CHILD, None) is not None:
-            delattr(block, _CHILD)
-        if index in rates:
-            setattr(block, _CHILD, TokenSelection(num_prefix_tokens(model), rates[index]))
+    _drop_selections(model, lambda _: True)
+    for index, rate in rates.items():
+        setattr(_blocks_of(model)[index], _CHILD, TokenSelection(num_prefix_tokens(model), rate))
     _refresh_classes(_blocks_of(model))
     _write_rates(config, rates)
 

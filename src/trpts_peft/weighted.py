@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .config import TRPTSConfig
 from .layer import TRPTSLinear
-from .vit import AdapterTokenSelection, install_keep_rates, token_selections
+from .vit import adapter_selections, install_keep_rates
 
 __all__ = ["add_weighted_adapter", "sum_updates"]
 
@@ -58,14 +58,13 @@ def _check(tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float], 
         raise ValueError(f"`adapters` must name adapters of the model, got {unknown}: it has {known}.")
     if adapter_name in tuner.peft_config:
         raise ValueError(f"`adapter_name` must be new, got {adapter_name!r}: delete that adapter first.")
-    for selection in token_selections(tuner.model).values():
-        if isinstance(selection, AdapterTokenSelection):
-            rates = {name: selection.own_rate(name) or 1.0 for name in adapters}
-            if len(set(rates.values())) > 1:
-                raise ValueError(
-                    f"`adapters` must select tokens alike, got in one block the rates {rates}: give all of them the "
-                    "same `keep_rate` and the same list as `token_layers`."
-                )
+    for selection in adapter_selections(tuner.model).values():
+        rates = {name: selection.own_rate(name) or 1.0 for name in adapters}
+        if len(set(rates.values())) > 1:
+            raise ValueError(
+                f"`adapters` must select tokens alike, got in one block the rates {rates}: give all of them the same "
+                "`keep_rate` and the same list as `token_layers`."
+            )
 
 
 def add_weighted_adapter(
@@ -112,8 +111,8 @@ def add_weighted_adapter(
             _sum_modules(module, adapters, weights, adapter_name)
     rates = {
         index: rate
-        for index, selection in token_selections(tuner.model).items()
-        if isinstance(selection, AdapterTokenSelection) and (rate := selection.rate_of(list(adapters))) is not None
+        for index, selection in adapter_selections(tuner.model).items()
+        if (rate := selection.rate_of(list(adapters))) is not None
     }
     config.selected_token_layers = sorted(rates)
     install_keep_rates(tuner.model, adapter_name, rates)

@@ -53,6 +53,22 @@ def test_a_run_that_ends_early_has_its_sections_and_their_bars(tiny, capsys):
     assert "| bytes per trainable weight, float32 | 6.000 |" in capsys.readouterr().out
 
 
+def test_a_run_that_is_broken_off_leaves_its_sections_beside_an_earlier_one(tiny, monkeypatch, tmp_path):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr("sys.argv", ["cost", "--only", "disk", "--output", str(tmp_path)])
+    cost.main()
+    earlier = (tmp_path / "cost.json").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["cost.json"]
+    monkeypatch.setattr("sys.argv", ["cost", "--output", str(tmp_path)])
+    monkeypatch.setattr(cost, "training_rows", lambda settings: [{"method": "TR-PTS"}])
+    monkeypatch.setattr(cost, "mixed_rows", lambda settings: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cost.main()
+    torch.set_num_threads(threads)
+    assert (tmp_path / "cost.json").read_text() == earlier
+    assert list(json.loads((tmp_path / "cost.part.json").read_text())) == ["settings", "machine", "training"]
+
+
 # peft's SHiRA makes sparse tensors.
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 def test_every_table_is_filled_and_every_bar_is_judged(results, capsys, tmp_path):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.data import DataLoader, Dataset
 from transformers import BertConfig, BertForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -310,6 +311,18 @@ def test_the_base_is_never_written() -> None:
             own = key.replace(f".{part}", f".base_layer.{part}")
             key = own if own in state else key
         assert torch.equal(state[key], tensor), name
+
+
+def test_of_what_the_head_sees_no_more_is_kept_than_it_reads() -> None:
+    """A ViT hands it the class token as a view of all tokens."""
+    model, seen = adapter(), []
+    base = model.get_base_model()
+    base.register_forward_pre_hook(lambda *_: pytest.fail("kept") if any(not s.expired() for s in seen) else None)
+    base.vit.layernorm.register_forward_hook(
+        lambda _module, _args, output: seen.append(StorageWeakRef(output.untyped_storage()))
+    )
+    calibrate(model, DATA, **QUIET, batch_size=5)
+    assert len(seen) > 2  # of more than one batch in each pass over the data
 
 
 def test_probe_is_written_to_the_adapters_head() -> None:

@@ -19,6 +19,7 @@ import pretend_accelerator as accelerator
 from peft import get_peft_model
 from conftest import LabelledImages, build_vit
 from trpts_peft import TRPTSConfig, calibrate, fisher, plot_tokens
+from trpts_peft.tuner_layer import TRPTSLayer
 
 torch._C._set_multithreading_enabled(False)
 if sys.argv[1] == "without float64":
@@ -40,6 +41,14 @@ def everything(device):
     model = get_peft_model(build_vit(), config).to(device)
     columns = calibrate(model, DATA, progress=False, batch_size=5).columns
     away = [n for n, t in model.state_dict().items() if t.device.type != device and "keep_ppm" not in n]
+    assert not away, away
+    for module in model.modules():  # as a loader leaves it that has read the file to the CPU
+        if isinstance(module, TRPTSLayer):
+            for name, part in module.named_buffers():
+                if name.endswith(".default") and part.device.type == device and "base_layer" not in name:
+                    getattr(module, name.split(".")[0])["default"] = here(part)
+            module._move_adapter_to_device_of_base_layer("default")
+    away = [n for n, t in model.named_buffers() if t.device.type != device]
     assert not away, away
     model.train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)

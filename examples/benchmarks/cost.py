@@ -252,12 +252,15 @@ def main() -> None:
     earlier = json.loads(path.read_text(encoding="utf-8")) if arguments.only and path.is_file() else {}
     arguments.output.mkdir(parents=True, exist_ok=True)
 
-    def write(results: dict[str, Any]) -> None:  # after each section: a run may end before all are done
-        path.write_text(json.dumps({**earlier, **results}, indent=1) + "\n", encoding="utf-8")
+    part = arguments.output / "cost.part.json"  # what there is of a run that ends before all is measured
+
+    def write(results: dict[str, Any]) -> None:
+        part.write_text(json.dumps({**earlier, **results}, indent=1) + "\n", encoding="utf-8")
 
     results = {**earlier, **measure_all(settings, arguments.only, write)}
     bars: list[Bar] = bars_of(results)
     write({**results, "bars": [asdict(bar) for bar in bars]})
+    part.replace(path)
     print_report(results, bars)
     if {"training", "forward"} <= set(results):
         draw(results, arguments.output / "cost.png")

@@ -44,7 +44,7 @@ def bars_of(results: Results) -> list[Bar]:
             bars.append(Bar(what, row["of_ideal"], "≥", 0.95 if row["batch"] > 1 else 0.90))
     for row in results.get("switching", [])[:1]:
         bars.append(Bar("adapter switch, to LoRA's unmerge and merge", row["to_lora"], "≤", 0.05))
-    for row, limit in zip(results.get("disk", []), (6, 4), strict=False):
+    for row, limit in zip(results["disk"], (6, 4), strict=True) if "disk" in results else ():
         bars.append(Bar(f"bytes per trainable weight, {row['dtype']}", row["bytes_per_weight"], "≤", limit))
     return bars
 

@@ -140,7 +140,7 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         if train_bias and self.base_layer.bias is not None:
             self.trpts_bias[adapter_name] = nn.Parameter(start(self.out_features, dtype=torch.float32))
         self.trpts_fingerprint[adapter_name] = self.base_fingerprint()
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        super()._move_adapter_to_device_of_base_layer(adapter_name)  # and to its dtype
         self.refresh(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -291,11 +291,16 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         return entries[turns * entries.numel() // 2**32].float()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """As PEFT does; what it makes anew would train, even for inference."""
-        trains = [parameter.requires_grad for parameter in self.trained_parts(adapter_name)]
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        for parameter, flag in zip(self.trained_parts(adapter_name), trains, strict=True):
-            parameter.requires_grad_(flag)
+        """Move what a loader brought, as it is: PEFT's would round it to the dtype of the base, and let it train."""
+        target: torch.device = self.base_layer.weight.device if device is None else device
+        if target.type == "meta":
+            return
+        for parameter in self.trained_parts(adapter_name):
+            if not parameter.is_meta:
+                parameter.data = parameter.data.to(target)
+        for part in (self.trpts_columns, self.trpts_fingerprint, self.trpts_used, self.trpts_slots):
+            if adapter_name in part and not part[adapter_name].is_meta:
+                part[adapter_name] = part[adapter_name].to(target)
 
     # ---- forward ----
 

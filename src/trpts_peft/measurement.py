@@ -260,12 +260,12 @@ def collect_features(
         for k, batch in enumerate(batches.iterate("Features", progress)):
             labels = batch.pop("labels")
             base(**batch)
-            features = inputs.pop()
+            features = inputs.pop().to("cpu", copy=True)  # of a ViT it is a view of all tokens
             _check_kind_of_labels(labels)
             if features.dim() != 2 or len(features) != len(labels):
                 shapes = f"{tuple(features.shape)} with labels {tuple(labels.shape)}"
                 raise ValueError(f"`probe_head` must be False where the head does not see (B, features), got {shapes}.")
-            mine.append((k * batches.world + batches.rank, features.cpu(), labels.cpu()))
+            mine.append((k * batches.world + batches.rank, features, labels.cpu()))
     parts = gather_object(mine) if batches.world > 1 else mine
     if not parts:
         raise ValueError("`data` must hold at least one sample, got none.")

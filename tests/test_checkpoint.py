@@ -260,6 +260,14 @@ def test_what_is_cast_as_it_is_loaded_trains_only_if_it_is_to(
         assert all(torch.equal(p, file[n.replace(".default", "")]) for n, p in trained.items())  # not rounded
 
 
+def test_a_base_whose_weights_are_yet_to_come_keeps_what_the_file_holds(saved: Path) -> None:
+    model = PeftModel.from_pretrained(build_vit().to("meta"), saved, low_cpu_mem_usage=True)
+    file = load_file(saved / "adapter_model.safetensors")
+    trained = {n: p for n, p in model.named_parameters() if "trpts_" in n}
+    assert trained
+    assert all(torch.equal(p, file[n.replace(".default", "")]) for n, p in trained.items())
+
+
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @pytest.mark.parametrize("is_trainable", [False, True])
 def test_good_file_loads(saved: Path, logits: Tensor, low_cpu_mem_usage: bool, is_trainable: bool) -> None:

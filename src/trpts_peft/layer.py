@@ -292,15 +292,15 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move what a loader brought, as it is: PEFT's would round it to the dtype of the base, and let it train."""
+        if adapter_name not in self.trpts_values:
+            return
         target: torch.device = self.base_layer.weight.device if device is None else device
-        if target.type == "meta":
+        if target.type == "meta":  # a base whose weights are yet to come
             return
         for parameter in self.trained_parts(adapter_name):
-            if not parameter.is_meta:
-                parameter.data = parameter.data.to(target)
+            parameter.data = parameter.data.to(target)
         for part in (self.trpts_columns, self.trpts_fingerprint, self.trpts_used, self.trpts_slots):
-            if adapter_name in part and not part[adapter_name].is_meta:
-                part[adapter_name] = part[adapter_name].to(target)
+            part[adapter_name] = part[adapter_name].to(target)
 
     # ---- forward ----
 

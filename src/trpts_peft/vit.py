@@ -190,9 +190,8 @@ class AdapterTokenSelection(TokenSelection, TRPTSLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move the record that a loader brought to the blocks: DDP hands buffers around on one device."""
         target = self._device() if device is None else device
-        record = self.trpts_keep_ppm[adapter_name] if self.own_rate(adapter_name) is not None else None
-        if target is not None and target.type != "meta" and record is not None and not record.is_meta:
-            self.trpts_keep_ppm[adapter_name] = record.to(target)
+        if adapter_name in self.trpts_keep_ppm and target is not None and target.type != "meta":
+            self.trpts_keep_ppm[adapter_name] = self.trpts_keep_ppm[adapter_name].to(target)
 
     def extra_repr(self) -> str:
         return f"keep_rates={self.keep_rates}"

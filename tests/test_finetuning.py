@@ -20,6 +20,7 @@ from unittest.mock import Mock
 import datasets
 import pytest
 import torch
+from accelerate import PartialState
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -431,6 +432,35 @@ def test_of_two_runs_started_into_one_folder_one_is_refused(
     with pytest.raises(ValueError, match="`output` must be empty or not there"):
         prepare(settings)
     assert json.loads((settings.output / "settings.json").read_text())["seed"] == 1
+    assert not (settings.output / ".lock").exists()
+
+
+def test_of_two_runs_that_go_on_in_one_folder_one_is_refused(stopped: FinetuneSettings) -> None:
+    first = prepare(stopped)
+    with pytest.raises(ValueError, match="`output` must be a folder that no other run writes to"):
+        prepare(stopped)
+    results = first.train()
+    assert finished(stopped) == results
+    assert not (stopped.output / ".lock").exists()
+
+
+def test_a_run_that_fails_leaves_the_folder_to_the_next(stopped: FinetuneSettings, monkeypatch: Any) -> None:
+    first = prepare(stopped)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "train", Mock(side_effect=KeyboardInterrupt))
+        first.train()
+    prepare(stopped)
+
+
+def test_every_process_hears_that_the_folder_is_taken(given: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    def hear(words: list[str]) -> None:
+        words[0] = "`output` is taken"
+
+    monkeypatch.setattr(finetuning, "broadcast_object_list", hear)
+    monkeypatch.setattr(PartialState, "is_main_process", property(lambda self: False))
+    with pytest.raises(ValueError, match="`output` is taken"):
+        prepare(FinetuneSettings(output=tmp_path / "run", method="linear", **given))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_resumed_run_has_the_same_settings(done: Any) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from trpts_peft.run_folder import check_output, last_checkpoint, read_json, write_json
+from trpts_peft.run_folder import check_output, hold, last_checkpoint, let_go, read_json, write_json
 
 
 def test_a_json_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
@@ -36,6 +36,17 @@ def test_a_draft_is_no_run(tmp_path: Path) -> None:
     """It is what a run leaves that was killed while it wrote its first file."""
     (tmp_path / "settings.json.part").write_text("{")
     check_output(tmp_path, {"resume": False})
+
+
+def test_a_folder_is_held_until_it_is_let_go(tmp_path: Path) -> None:
+    output = tmp_path / "runs" / "new"
+    lock = hold(output)
+    with pytest.raises(ValueError, match=r"`output` must be a folder that no other run writes to, got .*new"):
+        hold(output)
+    check_output(output, {"resume": False})  # the lock alone is no run
+    let_go(lock)
+    assert list(output.iterdir()) == []
+    let_go(hold(output))
 
 
 def write_checkpoint(folder: Path, step: int) -> Path:

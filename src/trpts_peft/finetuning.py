@@ -14,6 +14,8 @@ from typing import Any, Literal, cast
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -37,7 +39,7 @@ from .methods import METHODS
 from .metrics import accuracy_of
 from .pretrained import load_whole
 from .report import check_upload, read_results, result_folder, start_card, write_report
-from .run_folder import SETTINGS, check_data, check_output, last_checkpoint, step_of, write_json
+from .run_folder import SETTINGS, check_data, check_output, hold, last_checkpoint, let_go, step_of, write_json
 from .vit import forget_token_selection
 
 __all__ = [
@@ -148,6 +150,7 @@ class FinetuneRun:
         model: the model with what it trains.
         state: this process among the others.
         seconds: wall time of each stage so far, in this process.
+        lock: keeps other runs from the output folder, in the main process, from when it is set up until it is trained.
     """
 
     settings: FinetuneSettings
@@ -156,6 +159,7 @@ class FinetuneRun:
     model: nn.Module
     state: PartialState
     seconds: dict[str, float] = field(default_factory=dict)
+    lock: FileLock | None = None
 
     def train(self) -> dict[str, Any]:
         """Train from the last whole checkpoint, or from the start; test once; write everything; return the results.
@@ -165,6 +169,13 @@ class FinetuneRun:
         Raises:
             FloatingPointError: the training diverged. Its checkpoints are left.
         """
+        try:
+            return self._train()
+        finally:
+            if self.lock is not None:
+                let_go(self.lock)
+
+    def _train(self) -> dict[str, Any]:
         trainer = self._trainer()
         checkpoint = last_checkpoint(self._checkpoints)
         with _timed(self.seconds, "training"), saved_under_own_names(self.model):
@@ -273,12 +284,27 @@ def prepare(settings: FinetuneSettings) -> FinetuneRun:
     _check_fit(base, data, processor)
     run = FinetuneRun(settings, data, processor, base, state)
     run.model = _adapted(run, base)
-    check_output(settings.output, settings.to_dict())  # once more: another run may have started there meanwhile
-    state.wait_for_everyone()  # before this process or another writes what the others check for
-    if state.is_main_process:
-        _set_up(run)
-    state.wait_for_everyone()
+    _take_output(run)
     return run
+
+
+def _take_output(run: FinetuneRun) -> None:
+    """Set up the output folder, unless another run is at work there or has started one meanwhile."""
+    output, refusal = run.settings.output, [""]
+    if run.state.is_main_process:
+        try:
+            run.lock = hold(output)
+            check_output(output, run.settings.to_dict())
+        except ValueError as error:
+            refusal = [str(error)]
+    broadcast_object_list(refusal)
+    if refusal[0]:
+        if run.lock is not None:
+            let_go(run.lock)
+        raise ValueError(refusal[0])
+    if run.state.is_main_process:
+        _set_up(run)
+    run.state.wait_for_everyone()
 
 
 def finished(settings: FinetuneSettings) -> dict[str, Any] | None:
@@ -311,7 +337,6 @@ def _adapted(run: FinetuneRun, base: nn.Module) -> nn.Module:
 def _set_up(run: FinetuneRun) -> None:
     """Write what a resumed run starts from; whole or not at all."""
     output = run.settings.output
-    output.mkdir(parents=True, exist_ok=True)
     write_json(output / SETTINGS, {**run.settings.to_dict(), "data": run.data.describe()})
     if run.settings.method == "trpts" and not (output / _CALIBRATED).is_dir():
         draft = output / f"{_CALIBRATED}.part"

@@ -6,16 +6,31 @@ import json
 import os
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from .folders import check_writable, first_line
 
-__all__ = ["SETTINGS", "check_data", "check_output", "last_checkpoint", "read_json", "step_of", "write_json"]
+__all__ = [
+    "SETTINGS",
+    "check_data",
+    "check_output",
+    "hold",
+    "last_checkpoint",
+    "let_go",
+    "read_json",
+    "step_of",
+    "write_json",
+]
 
 SETTINGS = "settings.json"
+_LOCK = ".lock"
+# What a run leaves that was refused, or killed while it wrote its first file.
+_LEFT_OVER = (_LOCK, f"{SETTINGS}.part")
 # Settings that a resumed run may change: they decide nothing of what is trained.
 _FREE = ("output", "resume", "push_to_hub", "report_to", "num_workers")
 
@@ -41,8 +56,8 @@ def read_json(path: Path, *, remedy: str = "delete it") -> dict[str, Any]:
 def check_output(output: Path, settings: Mapping[str, Any]) -> None:
     """Raise a ValueError where `output` is neither empty nor, with `settings["resume"]`, a run of the same settings."""
     check_writable(output)
-    if not output.is_dir() or all(path.name == f"{SETTINGS}.part" for path in output.iterdir()):
-        return  # a draft is what a run leaves that was killed while it wrote its first file
+    if not output.is_dir() or all(path.name in _LEFT_OVER for path in output.iterdir()):
+        return
     if not settings["resume"]:
         raise ValueError(
             f"`output` must be empty or not there, got {str(output)!r} with files in it: name another folder, or go on "
@@ -58,6 +73,31 @@ def check_output(output: Path, settings: Mapping[str, Any]) -> None:
         raise ValueError(
             f"`{name}` must be as in the run to resume, {before.get(name)!r}, got {now[name]!r}: name another `output`."
         )
+
+
+def hold(output: Path) -> FileLock:
+    """Make the folder, and take it for this process, until `let_go` or its end, whatever ends it.
+
+    Raises:
+        ValueError: another run writes to it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"`output` must be a folder that no other run writes to, got {str(output)!r}, which one does: wait for its "
+            "end, or name another."
+        ) from error
+    return lock
+
+
+def let_go(lock: FileLock) -> None:
+    """Give up a folder. The lock's file goes first: once let go it may be another run's."""
+    with suppress(OSError):  # where an open file cannot be deleted it stays, and harms nobody
+        os.unlink(lock.lock_file)
+    lock.release()
 
 
 def _settings_in(output: Path) -> dict[str, Any]:

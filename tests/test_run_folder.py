@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import save_file
 
 from trpts_peft.run_folder import check_output, hold, last_checkpoint, let_go, read_json, write_json
@@ -47,6 +51,13 @@ def test_a_folder_is_held_until_it_is_let_go(tmp_path: Path) -> None:
     let_go(lock)
     assert list(output.iterdir()) == []
     let_go(hold(output))
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock")])
+def test_a_file_system_without_locks_stops_no_run(tmp_path: Path, monkeypatch: Any, error: Exception) -> None:
+    monkeypatch.setattr(FileLock, "acquire", Mock(side_effect=error))
+    let_go(hold(tmp_path / "new"))
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def write_checkpoint(folder: Path, step: int) -> Path:

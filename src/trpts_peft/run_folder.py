@@ -78,6 +78,8 @@ def check_output(output: Path, settings: Mapping[str, Any]) -> None:
 def hold(output: Path) -> FileLock:
     """Make the folder, and take it for this process, until `let_go` or its end, whatever ends it.
 
+    On a file system that knows no locks nothing is taken, and nothing is refused.
+
     Raises:
         ValueError: another run writes to it.
     """
@@ -85,11 +87,13 @@ def hold(output: Path) -> FileLock:
     lock = FileLock(output / _LOCK)
     try:
         lock.acquire(timeout=0)
-    except Timeout as error:
+    except Timeout as error:  # an OSError, too
         raise ValueError(
             f"`output` must be a folder that no other run writes to, got {str(output)!r}, which one does: wait for its "
             "end, or name another."
         ) from error
+    except (OSError, NotImplementedError):
+        pass  # what else stands against writing there will be said of the first file
     return lock
 
 

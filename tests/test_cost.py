@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import DeiTForImageClassificationWithTeacher, ViTModel
 
@@ -140,18 +140,16 @@ def test_a_linear_probe_trains_the_head_alone() -> None:
     assert cost.trainable_parameters_without_head == 0
 
 
-@pytest.mark.parametrize(
-    "native",
-    [pytest.param(False, id="get_peft_model"), pytest.param(True, id="add_adapter", marks=needs_adapter_methods)],
-)
-def test_lora(native: bool) -> None:
+@pytest.mark.parametrize("through", ["peft", "base", pytest.param("transformers", marks=needs_adapter_methods)])
+def test_lora(through: str) -> None:
     model = build_vit()
     total, backbone, head = naive_size(model), naive_size(model.vit), naive_size(model.classifier)
     config = LoraConfig(r=2, target_modules=["q_proj", "fc1"], modules_to_save=["classifier"])
-    if native:
+    if through == "transformers":
         model.add_adapter(config)
     else:
-        model = get_peft_model(model, config)
+        wrapped = get_peft_model(model, config)
+        model = wrapped if through == "peft" else wrapped.get_base_model()
     cost = estimate_cost(model)
     rank_two = 4 * 2 * ((32 + 32) + (32 + 64))
     assert (cost.total_parameters, cost.total_parameters_without_head) == (total, backbone)
@@ -172,6 +170,17 @@ def test_trpts() -> None:
     assert (cost.stored_parameters, cost.stored_parameters_without_head) == (4 * rows + head, 4 * rows)
     fingerprints, rates = 4 * 6 * 64 * 4, 2 * 8
     assert cost.stored_bytes == 6 * (3 * rows) + 4 * rows + 4 * head + fingerprints + rates
+
+
+@pytest.mark.parametrize("how", ["inject", "load_adapter"])
+def test_an_adapter_without_a_peft_model_costs_the_same(how: str, tmp_path: Path) -> None:
+    wrapped, model = get_peft_model(build_vit(), trpts()), build_vit()
+    if how == "inject":
+        inject_adapter_in_model(trpts(), model)
+    else:
+        wrapped.save_pretrained(tmp_path)
+        model.load_adapter(str(tmp_path), is_trainable=True)
+    assert estimate_cost(model) == estimate_cost(wrapped)
 
 
 def test_tokens_are_those_that_a_forward_pass_leaves() -> None:

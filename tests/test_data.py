@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import pickle
+from functools import partial
 from itertools import chain
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, IterableDatasetShard
+from accelerate.data_loader import (
+    BatchSamplerShard,
+    DataLoaderDispatcher,
+    IterableDatasetShard,
+    prepare_data_loader,
+    skip_first_batches,
+)
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -219,6 +226,18 @@ def test_samples_that_are_drawn_or_shared_out_stand_for_all(sampler):
     """The same ones each time, and on every process; shares are made of all of them."""
     assert labels_of(DataLoader(samples(7), sampler=sampler)) == [[0, 1, 2], [3, 4, 5], [6]]
     assert labels_of(DataLoader(samples(7), sampler=sampler), rank=1, world=2) == [[3, 4, 5]]
+
+
+@pytest.mark.parametrize(
+    "prepared",
+    [
+        partial(skip_first_batches, num_batches=1),
+        partial(prepare_data_loader, device=torch.device("cpu"), use_seedable_sampler=True),
+    ],
+)
+def test_loaders_that_accelerate_has_prepared_stand_for_all_samples(prepared):
+    loader = prepared(DataLoader(samples(7), batch_size=2, shuffle=True))
+    assert labels_of(loader) == [[0, 1, 2], [3, 4, 5], [6]]
 
 
 @pytest.mark.parametrize("num_samples, expected", [(None, [[0, 1], [2, 3], [4]]), (3, [[0, 1], [2]]), (2, [[0, 1]])])

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from accelerate.utils import enable_fsdp_ram_efficient_loading
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -316,7 +317,8 @@ def test_a_sharded_model_is_refused_where_a_whole_one_is_needed(fsdp: Path) -> N
 def test_fsdps_way_of_loading_by_the_first_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     base, config = build_vit(), TRPTSConfig(modules_to_save=["classifier"])
     model = get_peft_model(build_vit(), config)
-    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # to be put back afterwards
+    enable_fsdp_ram_efficient_loading()
     before = {name: type(module) for name, module in base.named_modules()}
     for ask in (
         lambda: get_peft_model(base, config),

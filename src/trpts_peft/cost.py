@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from peft import get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -310,8 +310,11 @@ def _adapter_parameters(base: nn.Module) -> set[int]:
 def _active_adapters(model: nn.Module) -> list[str]:
     if not getattr(model, "peft_config", None):
         return []
-    active = getattr(model, "active_adapters", [])
-    return list(active() if callable(active) else active)  # a method in transformers, a property in PEFT
+    if isinstance(model, PeftModel):
+        return list(model.active_adapters)
+    # Not by transformers' method of that name, which knows only what came through its own methods.
+    layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    return list(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
 
 
 def _stored_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:

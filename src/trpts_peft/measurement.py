@@ -45,10 +45,10 @@ def base_weights(model: nn.Module, adapter_name: str | None = None) -> Iterator[
     for layer in layers:
         if layer.merged:
             raise ValueError("`model` must hold no merged adapter, got one: call `unmerge_adapter()` first.")
-    disabled = [(layer, layer._disable_adapters) for layer in layers]
+    disabled = [(layer, layer.disable_adapters) for layer in layers]
     enabled = [(selection, selection.enabled) for selection in token_selections(model).values()]
     wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-    in_force = [(wrapper, wrapper._active_adapter, wrapper._disable_adapters) for wrapper in wrappers]
+    in_force = [(wrapper, wrapper._active_adapter, wrapper.disable_adapters) for wrapper in wrappers]
     try:
         if adapter_name is not None:
             for wrapper in wrappers:

@@ -9,13 +9,8 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    _maybe_include_all_linear_layers,
-    onload_layer,
-    set_adapter,
-)
+from peft.functional import set_adapter
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers, onload_layer
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import delete_adapter, set_adapter
+from peft.functional import delete_adapter, set_adapter
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 import time
@@ -38,12 +39,16 @@ def training_step(model: nn.Module, autocast: torch.dtype | None = None) -> Call
 
     def step(batch: Batch) -> None:
         optimizer.zero_grad()
-        with torch.autocast(batch["pixel_values"].device.type, autocast, enabled=autocast is not None):
-            loss = model(**batch).loss
-        loss.backward()
+        _loss(model, batch, autocast).backward()
         optimizer.step()
 
     return step
+
+
+def _loss(model: nn.Module, batch: Batch, autocast: torch.dtype | None) -> Tensor:
+    with torch.autocast(batch["pixel_values"].device.type, autocast, enabled=autocast is not None):
+        loss: Tensor = model(**batch).loss
+    return loss
 
 
 def inference(model: nn.Module, batch: Batch) -> Callable[[], None]:
@@ -81,6 +86,20 @@ def interleaved_seconds(actions: Mapping[str, Callable[[], object]], repeats: in
 def median_ratio(seconds: list[float], reference: list[float]) -> float:
     """The median over rounds of the ratio within a round."""
     return statistics.median(mine / its for mine, its in zip(seconds, reference, strict=True))
+
+
+def ratio_interval(seconds: list[float], reference: list[float]) -> tuple[float, float] | None:
+    """Two of the rounds' ratios between which the true median lies with 95 % confidence; None for under six rounds.
+
+    By the sign test: whatever the noise is like, a round is as likely above the true median as below it, so the k-th
+    smallest and the k-th largest ratio enclose it, unless fewer than k of so many fair coins show the one side.
+    """
+    ratios = sorted(mine / its for mine, its in zip(seconds, reference, strict=True))
+    rounds, below, k = len(ratios), 0, 0
+    while 40 * (below + math.comb(rounds, k)) <= 2**rounds:  # 2.5 % at either end
+        below += math.comb(rounds, k)
+        k += 1
+    return (ratios[k - 1], ratios[-k]) if k else None
 
 
 def _seconds(action: Callable[[], object]) -> float:
@@ -121,8 +140,11 @@ def resident_bytes(*tensors: Tensor) -> int:
     return sum(storages.values())
 
 
-def saved_activation_bytes(model: nn.Module, batch: Batch) -> int:
-    """Bytes that wait for backward after a training forward: each storage once, parameters and buffers not counted."""
+def saved_activation_bytes(model: nn.Module, batch: Batch, autocast: torch.dtype | None = None) -> int:
+    """Bytes that wait for backward after a training forward: each storage once, parameters and buffers not counted.
+
+    Copies of weights that autocast has converted do count: they are there until backward has used them.
+    """
     resident = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     saved: list[tuple[StorageWeakRef, int]] = []
 
@@ -134,7 +156,7 @@ def saved_activation_bytes(model: nn.Module, batch: Batch) -> int:
         return tensor.detach()  # the tensor itself may hold the graph that holds it
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model.train()(**batch).loss  # holds what it was computed from; what led nowhere is freed by now
+        loss = _loss(model.train(), batch, autocast)  # holds what it was computed from; what led nowhere is gone
     sizes = {storage.cdata: size for storage, size in saved if not storage.expired()}
     del loss
     return sum(sizes.values())

@@ -17,6 +17,7 @@ from measure import (
     interleaved_seconds,
     median_ratio,
     peak_bytes,
+    ratio_interval,
     resident_bytes,
     saved_activation_bytes,
     training_step,
@@ -60,8 +61,7 @@ def test_a_run_that_is_broken_off_leaves_its_sections_beside_an_earlier_one(tiny
     earlier = (tmp_path / "cost.json").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["cost.json"]
     monkeypatch.setattr("sys.argv", ["cost", "--output", str(tmp_path)])
-    monkeypatch.setattr(cost, "training_rows", lambda settings: [{"method": "TR-PTS"}])
-    monkeypatch.setattr(cost, "mixed_rows", lambda settings: 1 / 0)
+    monkeypatch.setattr(cost, "training_rows", lambda settings, autocast=None: 1 / 0 if autocast else [{"method": "x"}])
     with pytest.raises(ZeroDivisionError):
         cost.main()
     torch.set_num_threads(threads)
@@ -103,6 +103,18 @@ def test_every_table_is_filled_and_every_bar_is_judged(results, capsys, tmp_path
     assert all(row["peak_bytes"] >= row["kept_bytes"] / 2 for row in results["training"])
     (fisher,) = results["fisher"]
     assert fisher["sum_bytes"] == 8 * BLOCKS * (4 * WIDTH**2 + 2 * WIDTH * 80)
+
+
+def test_compiled_steps_are_timed_with_their_memory(tiny, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)  # to compile takes minutes
+    rows = cost.compiled_rows(cost.Settings(rounds=1, train_batch=2))
+    assert [row["method"] for row in rows] == list(cost.COMPILED)
+    assert len(compiled) == len(rows)
+    frozen, *_, full = rows
+    assert frozen["step_to_frozen"] == 1
+    assert full["peak_bytes"] > frozen["peak_bytes"] > cost.resting_bytes(compiled[0])
+    assert f"| full | {full['step_to_frozen']:.2f} |" in report.compiled_table(rows)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +193,8 @@ def test_saved_activations_count_each_storage_once_and_nothing_that_led_nowhere(
             return Output(loss=(y * y * 2).sum())
 
     assert saved_activation_bytes(Squared(), {"pixel_values": x}) == 4 * 8 * 4
+    in_16_bits = 2 * (8 * 8 + 4 * 8)  # the weight that was converted, and y
+    assert saved_activation_bytes(Squared(), {"pixel_values": x}, torch.bfloat16) == in_16_bits
 
 
 def test_resident_bytes_count_each_storage_once():
@@ -207,6 +221,18 @@ def test_ratios_are_taken_within_a_round():
     assert median_ratio([2.0, 30.0, 5.0], [1.0, 10.0, 2.0]) == 2.5
 
 
+@pytest.mark.parametrize(("rounds", "place"), [(6, 1), (8, 1), (9, 2), (15, 4), (31, 10)])  # of the tables of the test
+def test_the_interval_of_a_ratio_is_that_of_the_sign_test(rounds, place):
+    ratios = [float(2 + (7 * number) % rounds) for number in range(rounds)]  # each once, in no order
+    reference = [2.0 ** (number % 3) for number in range(rounds)]
+    seconds = [ratio * its for ratio, its in zip(ratios, reference, strict=True)]
+    assert ratio_interval(seconds, reference) == (1.0 + place, 2.0 + rounds - place)
+
+
+def test_few_rounds_have_no_interval():
+    assert ratio_interval([1.0] * 5, [1.0] * 5) is None
+
+
 def test_the_page_shows_the_tables_of_the_recorded_runs():
     runs = {
         name: json.loads((DOCS / "benchmarks" / f"cost-{name.lower()}.json").read_text(encoding="utf-8"))
@@ -223,6 +249,7 @@ def test_the_page_shows_the_tables_of_the_recorded_runs():
         report.switching_table(recorded["switching"]),
         report.disk_table(recorded["disk"]),
         report.mixed_table(recorded["mixed"]),
+        report.compiled_table(recorded["compiled"]),
         report.mixed_batch_table(recorded["mixed_batches"]),
         report.switching_table(recorded["switching_bfloat16"]),
     ):
@@ -232,11 +259,32 @@ def test_the_page_shows_the_tables_of_the_recorded_runs():
         assert not missed or f"{missed} instead of {pair[0].limit:.2f}" in page
 
 
+def test_the_readme_quotes_the_recorded_run():
+    recorded = json.loads((DOCS / "benchmarks" / "cost-xeon.json").read_text(encoding="utf-8"))
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    for what, section, method in (
+        ("in 32 bits", "training", "TR-PTS"),
+        ("in mixed precision (`bf16=True`)", "mixed", "TR-PTS"),
+        ("compiled (`torch_compile=True`)", "compiled", "TR-PTS"),
+        ("in 32 bits, blocks 3, 6 and 9 keep 80 % of their tokens", "training", "TR-PTS, keep rate 0.8"),
+    ):
+        rows = {row["method"]: row for row in recorded[section]}
+        memory = rows[method]["peak_bytes"] / rows["LoRA r=8"]["peak_bytes"]
+        assert f"\n| {what} | {rows[method]['step_to_lora']:.2f} | {memory:.2f} |\n" in readme
+    (merged,) = (row for row in recorded["inference"] if [*row.values()][:3] == ["TR-PTS, keep rate 0.8", 8, False])
+    assert f"predicts {merged['speedup']:.2f} times as fast" in readme
+
+
 def test_a_bar_holds_if_it_does_in_every_run():
     high, low = ([report.Bar("x", measured, "≤", 2)] for measured in (3.0, 1.0))
     held = [report.bar_table(runs).endswith("| yes |") for runs in ({"a": low}, {"a": low, "b": high}, {"b": high})]
     assert held == [True, False, False]
     assert "| x | 1.000 | 3.000 | ≤ 2 | NO |" in report.bar_table({"a": low, "b": high})
+
+
+def test_a_bar_shows_what_its_rounds_leave_open():
+    bars = [report.Bar("x", 1.0, "≤", 2, (0.5, 1.25))]
+    assert "| x | 1.000 (0.500 to 1.250) | ≤ 2 | yes |" in report.bar_table({"a": bars})
 
 
 def test_markdown_table():

@@ -42,6 +42,7 @@ from trpts_peft import estimate_cost
 SECTIONS = (
     "training",
     "mixed",
+    "compiled",
     "fisher",
     "inference",
     "forward",
@@ -51,6 +52,7 @@ SECTIONS = (
     "disk",
 )
 REFERENCES = {"frozen": "frozen", "lora": "LoRA r=8"}  # of training steps
+COMPILED = ("frozen", "LoRA r=8", "TR-PTS", "TR-PTS, keep rate 0.8", "full")  # to compile a step takes a minute each
 OUTPUT = Path(__file__).resolve().parents[2] / "runs" / "bench"
 
 
@@ -67,14 +69,14 @@ class Settings:
         inference_rounds: rounds of timed predictions.
         fisher_images: images of one measurement of the Fisher information, in batches of 8.
         shares: U/in for the table of used columns.
-        compiled: whether predictions are also timed under `torch.compile`.
+        compiled: whether predictions and training steps are also timed under `torch.compile`.
     """
 
     device: str = "cpu"
     train_batch: int = 4
     memory_batch: int = 8
     inference_batches: tuple[int, ...] = (8, 1)
-    rounds: int = 15
+    rounds: int = 31
     inference_rounds: int = 9
     fisher_images: int = 40
     shares: tuple[float, ...] = (0.02, 0.05, 0.1, 0.3, 1.0)
@@ -94,17 +96,22 @@ def drawn_batch(images: int, device: str) -> Batch:
     return {"pixel_values": pixels.to(device), "labels": (torch.arange(images) % 100).to(device)}
 
 
-def training_rows(settings: Settings) -> list[dict[str, Any]]:
-    """Time and memory of a training step of every method, as ratios to the frozen model's and in bytes."""
-    builders = methods() | methods_by_share(settings.shares)
+def training_rows(settings: Settings, autocast: torch.dtype | None = None) -> list[dict[str, Any]]:
+    """Time and memory of a training step of every method, as ratios to the frozen model's and in bytes.
+
+    Args:
+        settings: how much is measured, and where.
+        autocast: what forward computes in, with weights in float32; None: in float32, and by share of used columns too.
+    """
+    builders = methods() if autocast else methods() | methods_by_share(settings.shares)
     models = {name: build().to(settings.device) for name, build in builders.items()}
     batch, large = (drawn_batch(size, settings.device) for size in (settings.train_batch, settings.memory_batch))
-    steps = {name: training_step(model) for name, model in models.items()}
+    steps = {name: training_step(model, autocast) for name, model in models.items()}
     seconds = interleaved_seconds({name: partial(step, batch) for name, step in steps.items()}, settings.rounds)
     rows = []
     for name, model in models.items():
         cost = estimate_cost(model)
-        kept, peak = training_memory(model, steps[name], large)
+        kept, peak = training_memory(model, steps[name], large, autocast)
         rows.append(
             {
                 **step_row(name, seconds),
@@ -117,13 +124,19 @@ def training_rows(settings: Settings) -> list[dict[str, Any]]:
     return rows
 
 
-def mixed_rows(settings: Settings) -> list[dict[str, Any]]:
-    """Time of a training step of every method under autocast to bfloat16, with weights in float32."""
-    models = {name: build().to(settings.device) for name, build in methods().items()}
-    batch = drawn_batch(settings.train_batch, settings.device)
-    steps = {name: partial(training_step(model, torch.bfloat16), batch) for name, model in models.items()}
+def compiled_rows(settings: Settings) -> list[dict[str, Any]]:
+    """Time and peak memory of a compiled training step of some methods, both with the images of a timed step."""
+    torch.compiler.reset()
+    models = {name: torch.compile(methods()[name]().to(settings.device)) for name in COMPILED}
+    batch = drawn_batch(settings.train_batch, settings.device)  # another size would be compiled once more
+    steps = {name: partial(training_step(model), batch) for name, model in models.items()}
     seconds = interleaved_seconds(steps, settings.rounds)
-    return [step_row(name, seconds) for name in models]
+    rows = []
+    for name, model in models.items():
+        model.zero_grad()
+        peak = resting_bytes(model) + peak_bytes(steps[name])
+        rows.append({**step_row(name, seconds), "peak_bytes": peak})
+    return rows
 
 
 def step_row(name: str, seconds: Mapping[str, list[float]]) -> dict[str, Any]:
@@ -133,19 +146,27 @@ def step_row(name: str, seconds: Mapping[str, list[float]]) -> dict[str, Any]:
     return {"method": name, **ratios, "seconds": mine}
 
 
-def training_memory(model: nn.Module, step: Callable[[Batch], None], batch: Batch) -> tuple[int, int]:
+def training_memory(
+    model: nn.Module, step: Callable[[Batch], None], batch: Batch, autocast: torch.dtype | None
+) -> tuple[int, int]:
     """Bytes that a training step keeps (weights, gradients, Adam's moments, what waits for backward), and its peak.
 
     Args:
         model: what trains.
         step: its training step, called before, so that Adam's moments are there.
         batch: the images.
+        autocast: what the step's forward computes in.
     """
     model.zero_grad()
-    weights = resident_bytes(*model.parameters(), *model.buffers())
+    gradients = resident_bytes(*(p for p in model.parameters() if p.requires_grad))
+    kept = resting_bytes(model) + gradients + saved_activation_bytes(model, batch, autocast)
+    return kept, resting_bytes(model) + peak_bytes(lambda: step(batch))
+
+
+def resting_bytes(model: nn.Module) -> int:
+    """Bytes that are there between two steps of training without gradients: weights, buffers, Adam's moments."""
     trained = resident_bytes(*(p for p in model.parameters() if p.requires_grad))
-    kept = weights + 3 * trained + saved_activation_bytes(model, batch)
-    return kept, weights + 2 * trained + peak_bytes(lambda: step(batch))
+    return resident_bytes(*model.parameters(), *model.buffers()) + 2 * trained
 
 
 def forward_rows(settings: Settings) -> list[dict[str, Any]]:
@@ -197,7 +218,8 @@ def measure_all(
     """Every section, or `only` one of them, as the content of the JSON file; `on_section` gets what is there of it."""
     sections: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "training": lambda: training_rows(settings),
-        "mixed": lambda: mixed_rows(settings),
+        "mixed": lambda: training_rows(settings, torch.bfloat16),
+        "compiled": lambda: compiled_rows(settings) if settings.compiled else [],
         "fisher": lambda: fisher_rows(settings.fisher_images, settings.device),
         "inference": lambda: [
             row for compiled in (False, True)[: 1 + settings.compiled] for row in inference_rows(settings, compiled)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.switching import REFERENCE
+from measure import ratio_interval
 from tables import markdown_table
 
 Results = dict[str, Any]
@@ -13,12 +16,21 @@ Results = dict[str, Any]
 
 @dataclass(frozen=True)
 class Bar:
-    """One figure and the limit that it must keep."""
+    """One figure and the limit that it must keep.
+
+    Attributes:
+        what: is measured.
+        measured: the figure.
+        sign: how the two are compared.
+        limit: that it must keep.
+        interval: what the rounds of a timing leave open, if it was timed in enough of them (`ratio_interval`).
+    """
 
     what: str
     measured: float
     sign: str
     limit: float
+    interval: tuple[float, float] | None = None
 
     @property
     def holds(self) -> bool:
@@ -43,7 +55,9 @@ def bars_of(results: Results) -> list[Bar]:
             what = f"prediction, keep rate 0.8, batch {row['batch']}, {how}, to ideal"
             bars.append(Bar(what, row["of_ideal"], "≥", 0.95 if row["batch"] > 1 else 0.90))
     for row in results.get("switching", [])[:1]:
-        bars.append(Bar("adapter switch, to LoRA's unmerge and merge", row["to_lora"], "≤", 0.05))
+        reference = next(row for row in results["switching"] if row["what"] == REFERENCE)
+        what = "adapter switch, to LoRA's unmerge and merge"
+        bars.append(Bar(what, row["to_lora"], "≤", 0.05, _interval(row, reference)))
     for row, limit in zip(results["disk"], (6, 4), strict=True) if "disk" in results else ():
         bars.append(Bar(f"bytes per trainable weight, {row['dtype']}", row["bytes_per_weight"], "≤", limit))
     return bars
@@ -51,10 +65,11 @@ def bars_of(results: Results) -> list[Bar]:
 
 def _training_bars(training: dict[str, Any]) -> list[Bar]:
     ours, tokens = training["TR-PTS"], training["TR-PTS, keep rate 0.8"]
+    frozen, lora = training["frozen"], training["LoRA r=8"]
     bars = [
-        Bar("training step, keep rate 1, to frozen", ours["step_to_frozen"], "≤", 1.10),
-        Bar("training step, keep rate 1, to LoRA r=8", ours["step_to_lora"], "<", 1.00),
-        Bar("training step, keep rate 0.8, to frozen", tokens["step_to_frozen"], "≤", 0.87),
+        Bar("training step, keep rate 1, to frozen", ours["step_to_frozen"], "≤", 1.10, _interval(ours, frozen)),
+        Bar("training step, keep rate 1, to LoRA r=8", ours["step_to_lora"], "<", 1.00, _interval(ours, lora)),
+        Bar("training step, keep rate 0.8, to frozen", tokens["step_to_frozen"], "≤", 0.87, _interval(tokens, frozen)),
     ]
     for kind, what in (("peak_bytes", "peak"), ("kept_bytes", "kept")):
         for other, limit in (("LoRA r=8", 0.78), ("full", 0.45)):
@@ -63,14 +78,19 @@ def _training_bars(training: dict[str, Any]) -> list[Bar]:
     return bars
 
 
+def _interval(row: dict[str, Any], reference: dict[str, Any]) -> tuple[float, float] | None:
+    return ratio_interval(row["seconds"], reference["seconds"])
+
+
 def print_report(results: Results, bars: list[Bar]) -> None:
-    """Every table, as Markdown; those of sections that an older file lacks are left out."""
+    """Every table, as Markdown; those of sections that were not measured are left out."""
     settings = results["settings"]
     print("\n" + ", ".join(f"{name} {value}" for name, value in results["machine"].items()))
     sizes = f"batch {settings['train_batch']}; memory: batch {settings['memory_batch']}"
     for section, title, table in (
         ("training", f"Training step ({sizes})", training_table),
         ("mixed", "Training step in mixed precision", mixed_table),
+        ("compiled", f"Compiled training step (batch {settings['train_batch']})", compiled_table),
         ("fisher", "Fisher information", fisher_table),
         ("inference", "Prediction of merged models", inference_table),
         ("forward", "Prediction with adapters that are not merged", forward_table),
@@ -79,35 +99,39 @@ def print_report(results: Results, bars: list[Bar]) -> None:
         ("switching_bfloat16", "Switching between merged adapters in bfloat16", switching_table),
         ("disk", "On disk", disk_table),
     ):
-        if section in results:
+        if results.get(section):
             print(f"\n{title}\n\n{table(results[section])}")
     print(f"\nBars\n\n{bar_table({'measured': bars})}")
 
 
+_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "step / frozen": lambda row: f"{row['step_to_frozen']:.2f}",
+    "step / LoRA": lambda row: f"{row['step_to_lora']:.2f}",
+    "kept, MB": lambda row: f"{row['kept_bytes'] / 1e6:,.0f}",
+    "peak, MB": lambda row: f"{row['peak_bytes'] / 1e6:,.0f}",
+    "GMACs": lambda row: f"{row['gmacs']:.2f}",
+    "trainable %": lambda row: f"{row['trainable_percent']:.2f}",
+}
+
+
 def training_table(rows: list[dict[str, Any]]) -> str:
-    """Time and memory of the methods."""
-    headings = ["method", "step / frozen", "step / LoRA", "kept, MB", "peak, MB", "GMACs", "trainable %"]
-    return markdown_table(
-        headings,
-        [
-            [
-                row["method"],
-                f"{row['step_to_frozen']:.2f}",
-                f"{row['step_to_lora']:.2f}",
-                f"{row['kept_bytes'] / 1e6:,.0f}",
-                f"{row['peak_bytes'] / 1e6:,.0f}",
-                f"{row['gmacs']:.2f}",
-                f"{row['trainable_percent']:.2f}",
-            ]
-            for row in rows
-        ],
-    )
+    """Time, memory, multiplications and size of the methods."""
+    return _method_table(rows, *_COLUMNS)
 
 
 def mixed_table(rows: list[dict[str, Any]]) -> str:
-    """Time of the methods in bfloat16."""
-    cells = [[row["method"], f"{row['step_to_frozen']:.2f}", f"{row['step_to_lora']:.2f}"] for row in rows]
-    return markdown_table(["method", "step / frozen", "step / LoRA"], cells)
+    """Time and memory of the methods in bfloat16."""
+    return _method_table(rows, "step / frozen", "step / LoRA", "kept, MB", "peak, MB")
+
+
+def compiled_table(rows: list[dict[str, Any]]) -> str:
+    """Time and memory of compiled steps."""
+    return _method_table(rows, "step / frozen", "step / LoRA", "peak, MB")
+
+
+def _method_table(rows: list[dict[str, Any]], *columns: str) -> str:
+    cells = [[row["method"], *(_COLUMNS[column](row) for column in columns)] for row in rows]
+    return markdown_table(["method", *columns], cells)
 
 
 def fisher_table(rows: list[dict[str, Any]]) -> str:
@@ -185,7 +209,11 @@ def bar_table(runs: dict[str, list[Bar]]) -> str:
     """What is held to: {heading: the bars of a run}, a column each; a bar holds if it does in every run."""
     cells = []
     for bars in zip(*runs.values(), strict=True):
-        measured = [f"{bar.measured:.3f}" for bar in bars]
+        measured = [f"{bar.measured:.3f}" + _range(bar.interval) for bar in bars]
         holds = "yes" if all(bar.holds for bar in bars) else "NO"
         cells.append([bars[0].what, *measured, f"{bars[0].sign} {bars[0].limit:g}", holds])
     return markdown_table(["what", *runs, "bar", "holds"], cells)
+
+
+def _range(interval: tuple[float, float] | None) -> str:
+    return f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""

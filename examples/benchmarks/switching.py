@@ -21,6 +21,7 @@ from trpts_peft.layer import TRPTSLinear
 from trpts_peft.sparse_linear import flat_places
 
 MERGES = "unmerge and merge only"
+REFERENCE = f"LoRA r=8, {MERGES}"
 
 
 def switch_rows(rounds: int, device: str, dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
@@ -47,8 +48,10 @@ def switch_rows(rounds: int, device: str, dtype: torch.dtype = torch.float32) ->
         actions |= {f"{name}, switch": switch(model), f"{name}, {MERGES}": partial(merge_again, model)}
     actions["TR-PTS, entries read only"] = partial(read_entries, touched_entries(sparse))
     seconds = interleaved_seconds(actions, rounds)
-    reference = seconds[f"LoRA r=8, {MERGES}"]
-    return [{"what": n, "to_lora": median_ratio(values, reference), "seconds": values} for n, values in seconds.items()]
+    return [
+        {"what": name, "to_lora": median_ratio(values, seconds[REFERENCE]), "seconds": values}
+        for name, values in seconds.items()
+    ]
 
 
 def randomize(model: nn.Module) -> None:

@@ -89,10 +89,10 @@ def median_ratio(seconds: list[float], reference: list[float]) -> float:
 
 
 def ratio_interval(seconds: list[float], reference: list[float]) -> tuple[float, float] | None:
-    """Two of the rounds' ratios between which the true median lies with 95 % confidence; None for under six rounds.
+    """Two of the rounds' ratios between which their true median lies with 95 % confidence; None for under six rounds.
 
-    By the sign test: whatever the noise is like, a round is as likely above the true median as below it, so the k-th
-    smallest and the k-th largest ratio enclose it, unless fewer than k of so many fair coins show the one side.
+    By the sign test: of rounds that do not depend on each other each is as likely above the true median as below it, so
+    the k-th smallest and the k-th largest ratio enclose it, unless fewer than k of as many fair coins show one side.
     """
     ratios = sorted(mine / its for mine, its in zip(seconds, reference, strict=True))
     rounds, below, k = len(ratios), 0, 0

@@ -444,12 +444,36 @@ def test_of_two_runs_that_go_on_in_one_folder_one_is_refused(stopped: FinetuneSe
     assert not (stopped.output / ".lock").exists()
 
 
-def test_a_run_that_fails_leaves_the_folder_to_the_next(stopped: FinetuneSettings, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("stage", ["set up", "train"])
+def test_a_run_that_fails_leaves_the_folder_to_the_next(stopped: Any, monkeypatch: Any, stage: str) -> None:
+    stop = Mock(side_effect=KeyboardInterrupt)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as interrupted:
+        patch.setattr(*((finetuning, "write_json") if stage == "set up" else (Trainer, "train")), stop)
+        prepare(stopped).train()
+    second = prepare(stopped)  # while what was raised, and with it the first run, is held
+    assert interrupted.value is not None
+    assert second.lock is not None
+
+
+def test_a_run_trains_once(stopped: FinetuneSettings) -> None:
     first = prepare(stopped)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "train", Mock(side_effect=KeyboardInterrupt))
+    first.train()
+    with pytest.raises(RuntimeError, match="`train` must be called once"):
         first.train()
-    prepare(stopped)
+
+
+def test_a_run_that_has_ended_meanwhile_is_not_trained_again(stopped: Any, monkeypatch: Any) -> None:
+    load = finetuning.load_image_data
+
+    def overtaken(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(finetuning, "load_image_data", load)
+        prepare(stopped).train()
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(finetuning, "load_image_data", overtaken)
+    with pytest.raises(ValueError, match="has come to its end meanwhile"):
+        prepare(stopped)
+    assert finished(stopped) is not None
 
 
 def test_every_process_hears_that_the_folder_is_taken(given: Any, tmp_path: Path, monkeypatch: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -53,11 +54,29 @@ def test_a_folder_is_held_until_it_is_let_go(tmp_path: Path) -> None:
     let_go(hold(output))
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock")])
-def test_a_file_system_without_locks_stops_no_run(tmp_path: Path, monkeypatch: Any, error: Exception) -> None:
-    monkeypatch.setattr(FileLock, "acquire", Mock(side_effect=error))
-    let_go(hold(tmp_path / "new"))
-    assert list((tmp_path / "new").iterdir()) == []
+@pytest.mark.skipif(sys.platform == "win32", reason="locks otherwise")
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_stops_no_run(tmp_path: Path, monkeypatch: Any, number: int) -> None:
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(number, "no locks here")))
+    locks = hold(tmp_path), hold(tmp_path)
+    for lock in locks:
+        let_go(lock)
+
+
+def test_a_lock_that_cannot_be_made_is_no_lock(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(FileLock, "acquire", Mock(side_effect=PermissionError("somebody else's")))
+    with pytest.raises(PermissionError):
+        hold(tmp_path)
+
+
+def test_the_lock_of_another_is_left(tmp_path: Path) -> None:
+    first = hold(tmp_path)
+    let_go(first)
+    second = hold(tmp_path)
+    let_go(first)
+    with pytest.raises(ValueError, match="no other run writes to"):
+        hold(tmp_path)
+    let_go(second)
 
 
 def write_checkpoint(folder: Path, step: int) -> Path:

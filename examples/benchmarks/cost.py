@@ -127,7 +127,7 @@ def training_rows(settings: Settings, autocast: torch.dtype | None = None) -> li
 def compiled_rows(settings: Settings) -> list[dict[str, Any]]:
     """Time and peak memory of a compiled training step of some methods, both with the images of a timed step."""
     torch.compiler.reset()
-    models = {name: torch.compile(methods()[name]().to(settings.device)) for name in COMPILED}
+    models = {name: torch.compile(methods()[name]().to(settings.device), fullgraph=True) for name in COMPILED}
     batch = drawn_batch(settings.train_batch, settings.device)  # another size would be compiled once more
     steps = {name: partial(training_step(model), batch) for name, model in models.items()}
     seconds = interleaved_seconds(steps, settings.rounds)
@@ -219,7 +219,7 @@ def measure_all(
     sections: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "training": lambda: training_rows(settings),
         "mixed": lambda: training_rows(settings, torch.bfloat16),
-        "compiled": lambda: compiled_rows(settings) if settings.compiled else [],
+        "compiled": lambda: compiled_rows(settings),
         "fisher": lambda: fisher_rows(settings.fisher_images, settings.device),
         "inference": lambda: [
             row for compiled in (False, True)[: 1 + settings.compiled] for row in inference_rows(settings, compiled)
@@ -232,7 +232,7 @@ def measure_all(
     }
     results: dict[str, Any] = {"settings": asdict(settings), "machine": machine(settings.device)}
     for name, section in sections.items():
-        if only not in (None, name):
+        if only not in (None, name) or (name == "compiled" and not settings.compiled):
             continue
         print(f"measuring: {name}", flush=True)
         results[name] = section()

@@ -28,7 +28,8 @@ Shares = Mapping[str, float]
 def new_vit(num_labels: int = 100) -> ViTForImageClassification:
     """ViT-B/16 at 224 pixels; weights drawn at random, which cost what trained ones cost."""
     torch.manual_seed(0)
-    return ViTForImageClassification(ViTConfig(num_labels=num_labels))
+    # The first labels would set the kind of problem, after which a compiled model is compiled once more.
+    return ViTForImageClassification(ViTConfig(num_labels=num_labels, problem_type="single_label_classification"))
 
 
 def peer(name: str, **options: Any) -> nn.Module:

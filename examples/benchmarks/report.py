@@ -23,7 +23,7 @@ class Bar:
         measured: the figure.
         sign: how the two are compared.
         limit: that it must keep.
-        interval: what the rounds of a timing leave open, if it was timed in enough of them (`ratio_interval`).
+        interval: what the rounds of a timing leave open (`ratio_interval`), where those of both sides were recorded.
     """
 
     what: str
@@ -33,9 +33,12 @@ class Bar:
     interval: tuple[float, float] | None = None
 
     @property
-    def holds(self) -> bool:
-        """Whether it does."""
-        return {"≤": operator.le, "<": operator.lt, "≥": operator.ge}[self.sign](self.measured, self.limit)
+    def holds(self) -> str:
+        """Whether it does: yes, no, or open where the rounds do not tell."""
+        low, high = self.interval or (self.measured, self.measured)
+        keeps = {"≤": operator.le, "<": operator.lt, "≥": operator.ge}[self.sign]
+        kept = [keeps(end, self.limit) for end in (low, high)]
+        return "yes" if all(kept) else "open" if any(kept) else "NO"
 
 
 def bars_of(results: Results) -> list[Bar]:
@@ -206,11 +209,12 @@ def disk_table(rows: list[dict[str, Any]]) -> str:
 
 
 def bar_table(runs: dict[str, list[Bar]]) -> str:
-    """What is held to: {heading: the bars of a run}, a column each; a bar holds if it does in every run."""
+    """What is held to: {heading: the bars of a run}, a column each; a bar holds if it does in every run, and does not
+    if it does not in one."""
     cells = []
     for bars in zip(*runs.values(), strict=True):
         measured = [f"{bar.measured:.3f}" + _range(bar.interval) for bar in bars]
-        holds = "yes" if all(bar.holds for bar in bars) else "NO"
+        holds = next(word for word in ("NO", "open", "yes") if word in [bar.holds for bar in bars])
         cells.append([bars[0].what, *measured, f"{bars[0].sign} {bars[0].limit:g}", holds])
     return markdown_table(["what", *runs, "bar", "holds"], cells)
 

@@ -151,6 +151,7 @@ class FinetuneRun:
         state: this process among the others.
         seconds: wall time of each stage so far, in this process.
         lock: keeps other runs from the output folder, in the main process, from when it is set up until it is trained.
+        ended: whether it was trained, to its end or not.
     """
 
     settings: FinetuneSettings
@@ -160,6 +161,7 @@ class FinetuneRun:
     state: PartialState
     seconds: dict[str, float] = field(default_factory=dict)
     lock: FileLock | None = None
+    ended: bool = False
 
     def train(self) -> dict[str, Any]:
         """Train from the last whole checkpoint, or from the start; test once; write everything; return the results.
@@ -168,7 +170,11 @@ class FinetuneRun:
 
         Raises:
             FloatingPointError: the training diverged. Its checkpoints are left.
+            RuntimeError: it was called before. The output folder may be another run's by now.
         """
+        if self.ended:
+            raise RuntimeError("`train` must be called once, got a second call: `prepare` a run with `resume`.")
+        self.ended = True
         try:
             return self._train()
         finally:
@@ -289,22 +295,19 @@ def prepare(settings: FinetuneSettings) -> FinetuneRun:
 
 
 def _take_output(run: FinetuneRun) -> None:
-    """Set up the output folder, unless another run is at work there or has started one meanwhile."""
-    output, refusal = run.settings.output, [""]
+    """Set up the output folder, in the main process; all of them fail where it does."""
+    failure: Exception | None = None
     if run.state.is_main_process:
         try:
-            run.lock = hold(output)
-            check_output(output, run.settings.to_dict())
-        except ValueError as error:
-            refusal = [str(error)]
-    broadcast_object_list(refusal)
-    if refusal[0]:
-        if run.lock is not None:
-            let_go(run.lock)
-        raise ValueError(refusal[0])
-    if run.state.is_main_process:
-        _set_up(run)
-    run.state.wait_for_everyone()
+            run.lock = _set_up(run)
+        except (OSError, ValueError) as error:
+            failure = error
+    told = ["" if failure is None else first_line(failure)]
+    broadcast_object_list(told)
+    if failure is not None:
+        raise failure
+    if told[0]:
+        raise ValueError(told[0])
 
 
 def finished(settings: FinetuneSettings) -> dict[str, Any] | None:
@@ -334,14 +337,25 @@ def _adapted(run: FinetuneRun, base: nn.Module) -> nn.Module:
     return model
 
 
-def _set_up(run: FinetuneRun) -> None:
-    """Write what a resumed run starts from; whole or not at all."""
-    output = run.settings.output
-    write_json(output / SETTINGS, {**run.settings.to_dict(), "data": run.data.describe()})
-    if run.settings.method == "trpts" and not (output / _CALIBRATED).is_dir():
-        draft = output / f"{_CALIBRATED}.part"
-        cast(PeftModel, run.model).save_pretrained(str(draft))
-        os.replace(draft, output / _CALIBRATED)
+def _set_up(run: FinetuneRun) -> FileLock:
+    """Take the output folder, and write what a resumed run starts from; whole or not at all."""
+    output, settings = run.settings.output, run.settings.to_dict()
+    lock = hold(output)
+    try:
+        if finished(run.settings) is not None:  # looks once more: another run may have been at work there meanwhile
+            raise ValueError(
+                f"`output` must hold a run with something left to do, got {str(output)!r}, where it has come to its "
+                "end meanwhile: the same command reads its results."
+            )
+        write_json(output / SETTINGS, {**settings, "data": run.data.describe()})
+        if run.settings.method == "trpts" and not (output / _CALIBRATED).is_dir():
+            draft = output / f"{_CALIBRATED}.part"
+            cast(PeftModel, run.model).save_pretrained(str(draft))
+            os.replace(draft, output / _CALIBRATED)
+    except BaseException:
+        let_go(lock)
+        raise
+    return lock
 
 
 def _check_targets(settings: FinetuneSettings) -> None:

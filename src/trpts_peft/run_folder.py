@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import zipfile
@@ -29,6 +30,7 @@ __all__ = [
 
 SETTINGS = "settings.json"
 _LOCK = ".lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 # What a run leaves that was refused, or killed while it wrote its first file.
 _LEFT_OVER = (_LOCK, f"{SETTINGS}.part")
 # Settings that a resumed run may change: they decide nothing of what is trained.
@@ -84,7 +86,7 @@ def hold(output: Path) -> FileLock:
         ValueError: another run writes to it.
     """
     output.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output / _LOCK)
+    lock = FileLock(output / _LOCK, fallback_to_soft=False)  # a file in its place would outlive a run that is killed
     try:
         lock.acquire(timeout=0)
     except Timeout as error:  # an OSError, too
@@ -92,16 +94,20 @@ def hold(output: Path) -> FileLock:
             f"`output` must be a folder that no other run writes to, got {str(output)!r}, which one does: wait for its "
             "end, or name another."
         ) from error
-    except (OSError, NotImplementedError):
-        pass  # what else stands against writing there will be said of the first file
+    except NotImplementedError:
+        pass
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
     return lock
 
 
 def let_go(lock: FileLock) -> None:
     """Give up a folder. The lock's file goes first: once let go it may be another run's."""
-    with suppress(OSError):  # where an open file cannot be deleted it stays, and harms nobody
-        os.unlink(lock.lock_file)
-    lock.release()
+    if lock.is_locked:
+        with suppress(OSError):  # where an open file cannot be deleted it stays, and harms nobody
+            os.unlink(lock.lock_file)
+        lock.release()
 
 
 def _settings_in(output: Path) -> dict[str, Any]:

@@ -172,6 +172,11 @@ def test_trpts() -> None:
     assert cost.stored_bytes == 6 * (3 * rows) + 4 * rows + 4 * head + fingerprints + rates
 
 
+def test_a_compiled_model_costs_the_same() -> None:
+    model = get_peft_model(build_vit(), trpts())
+    assert estimate_cost(torch.compile(model, backend="eager")) == estimate_cost(model)
+
+
 @pytest.mark.parametrize("how", ["inject", "load_adapter"])
 def test_an_adapter_without_a_peft_model_costs_the_same(how: str, tmp_path: Path) -> None:
     wrapped, model = get_peft_model(build_vit(), trpts()), build_vit()

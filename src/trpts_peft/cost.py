@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
@@ -239,12 +240,13 @@ def estimate_cost(model: nn.Module, image_size: ImageSize | None = None) -> Cost
     `set_token_selection(model, False)` the model is dense.
 
     Args:
-        model: a ViT of the family table, plain or wrapped by PEFT.
+        model: a ViT of the family table, plain or wrapped by PEFT; what `torch.compile` or DDP made of it, too.
         image_size: height and width in pixels (one int for a square), by default the model's own.
 
     Raises:
         ValueError: the model is not in the family table, or an image holds no patch.
     """
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
     geometry, rates, base = geometry_of(model, image_size), keep_rates_in_force(model), _base_of(model)
     head = {id(parameter) for parameter in _head_parameters(base)}
     adapters = _adapter_parameters(base)

@@ -23,6 +23,7 @@ import torch
 from accelerate import PartialState
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Trainer, TrainingArguments, ViTForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -485,6 +486,15 @@ def test_every_process_hears_that_the_folder_is_taken(given: Any, tmp_path: Path
     with pytest.raises(ValueError, match="`output` is taken"):
         prepare(FinetuneSettings(output=tmp_path / "run", method="linear", **given))
     assert not (tmp_path / "run").exists()
+
+
+def test_every_process_is_told_of_what_failed(stopped: FinetuneSettings, monkeypatch: Any) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(finetuning, "broadcast_object_list", told.extend)
+    monkeypatch.setattr(finetuning, "write_json", Mock(side_effect=SafetensorError("the disk is gone")))
+    with pytest.raises(SafetensorError):
+        prepare(stopped)
+    assert told == ["the disk is gone"]
 
 
 def test_a_resumed_run_has_the_same_settings(done: Any) -> None:

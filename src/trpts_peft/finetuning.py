@@ -300,7 +300,7 @@ def _take_output(run: FinetuneRun) -> None:
     if run.state.is_main_process:
         try:
             run.lock = _set_up(run)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever it is, the others wait to be told
             failure = error
     told = ["" if failure is None else first_line(failure)]
     broadcast_object_list(told)

@@ -94,8 +94,6 @@ def hold(output: Path) -> FileLock:
             f"`output` must be a folder that no other run writes to, got {str(output)!r}, which one does: wait for its "
             "end, or name another."
         ) from error
-    except NotImplementedError:
-        pass
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,9 +173,10 @@ def test_trpts() -> None:
     assert cost.stored_bytes == 6 * (3 * rows) + 4 * rows + 4 * head + fingerprints + rates
 
 
-def test_a_compiled_model_costs_the_same() -> None:
+@pytest.mark.parametrize("wrap", [partial(torch.compile, backend="eager"), nn.DataParallel])
+def test_a_compiled_or_data_parallel_model_costs_the_same(wrap: Any) -> None:
     model = get_peft_model(build_vit(), trpts())
-    assert estimate_cost(torch.compile(model, backend="eager")) == estimate_cost(model)
+    assert estimate_cost(wrap(model)) == estimate_cost(model)
 
 
 @pytest.mark.parametrize("how", ["inject", "load_adapter"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from functools import partial
 from itertools import chain
 
 import pytest
@@ -13,7 +12,7 @@ from accelerate.data_loader import (
     BatchSamplerShard,
     DataLoaderDispatcher,
     IterableDatasetShard,
-    prepare_data_loader,
+    SeedableRandomSampler,
     skip_first_batches,
 )
 from torch import nn
@@ -217,6 +216,7 @@ class Sharing:
     [
         RandomSampler(range(7), replacement=True),
         RandomSampler(range(7), num_samples=2),
+        SeedableRandomSampler(range(7), num_samples=2),
         WeightedRandomSampler([1.0] * 7, 2),
         DistributedSampler(range(7), num_replicas=2, rank=1),
         Sharing(),
@@ -228,15 +228,8 @@ def test_samples_that_are_drawn_or_shared_out_stand_for_all(sampler):
     assert labels_of(DataLoader(samples(7), sampler=sampler), rank=1, world=2) == [[3, 4, 5]]
 
 
-@pytest.mark.parametrize(
-    "prepared",
-    [
-        partial(skip_first_batches, num_batches=1),
-        partial(prepare_data_loader, device=torch.device("cpu"), use_seedable_sampler=True),
-    ],
-)
-def test_loaders_that_accelerate_has_prepared_stand_for_all_samples(prepared):
-    loader = prepared(DataLoader(samples(7), batch_size=2, shuffle=True))
+def test_a_loader_that_skips_batches_stands_for_all_samples():
+    loader = skip_first_batches(DataLoader(samples(7), batch_size=2, shuffle=True), num_batches=1)
     assert labels_of(loader) == [[0, 1, 2], [3, 4, 5], [6]]
 
 

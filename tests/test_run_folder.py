@@ -59,11 +59,13 @@ def test_a_folder_is_held_until_it_is_let_go(tmp_path: Path) -> None:
 def test_a_file_system_without_locks_stops_no_run(tmp_path: Path, monkeypatch: Any, number: int) -> None:
     monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(number, "no locks here")))
     locks = hold(tmp_path), hold(tmp_path)
+    assert not any(lock.is_locked for lock in locks)
     for lock in locks:
         let_go(lock)
+    check_output(tmp_path, {"resume": False})
 
 
-def test_a_lock_that_cannot_be_made_is_no_lock(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_folder_whose_lock_may_not_be_opened_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(FileLock, "acquire", Mock(side_effect=PermissionError("somebody else's")))
     with pytest.raises(PermissionError):
         hold(tmp_path)

@@ -102,7 +102,7 @@ def print_report(results: Results, bars: list[Bar]) -> None:
         ("switching_bfloat16", "Switching between merged adapters in bfloat16", switching_table),
         ("disk", "On disk", disk_table),
     ):
-        if results.get(section):
+        if section in results:
             print(f"\n{title}\n\n{table(results[section])}")
     print(f"\nBars\n\n{bar_table({'measured': bars})}")
 

@@ -240,7 +240,7 @@ def estimate_cost(model: nn.Module, image_size: ImageSize | None = None) -> Cost
     `set_token_selection(model, False)` the model is dense.
 
     Args:
-        model: a ViT of the family table, plain or wrapped by PEFT; what `torch.compile` or DDP made of it, too.
+        model: a ViT of the family table, plain or wrapped by PEFT, compiled or data parallel.
         image_size: height and width in pixels (one int for a square), by default the model's own.
 
     Raises:

@@ -295,7 +295,7 @@ def prepare(settings: FinetuneSettings) -> FinetuneRun:
 
 
 def _take_output(run: FinetuneRun) -> None:
-    """Set up the output folder, in the main process; all of them fail where it does."""
+    """Set up the output folder in the main process; where that fails, all processes fail."""
     failure: Exception | None = None
     if run.state.is_main_process:
         try:

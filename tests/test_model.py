@@ -225,6 +225,9 @@ def test_layers_to_transform_and_exclude_modules() -> None:
         ({"token_layers": [4]}, ValueError, "`token_layers`"),
         ({"selected_token_layers": [0, 9]}, ValueError, "`selected_token_layers`"),
         ({"target_modules": ["nothing"]}, ValueError, "nothing"),
+        ({"modules_to_save": ["layers.1"]}, ValueError, r"`modules_to_save`.*got vit\.layers\.1:"),
+        ({"modules_to_save": ["attention"], "token_layers": 0}, ValueError, r"got vit\.layers\.0\.attention:"),
+        ({"modules_to_save": ["vit"]}, ValueError, r"`modules_to_save`.*got vit:"),
     ],
 )
 def test_configs_that_do_not_fit_change_nothing(options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -433,6 +436,17 @@ def test_merge_and_unload_of_a_named_adapter() -> None:
     merged = model.merge_and_unload(adapter_names=["second"])
     assert keep_rates_in_force(merged) == {2: 0.3}
     torch.testing.assert_close(predict(merged), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("trained", ["classifier", "mlp"])
+def test_modules_with_children_that_are_trained_whole_are_merged(trained: str) -> None:
+    base = build_vit()
+    base.classifier = nn.Sequential(nn.Dropout(), nn.Linear(32, 3))
+    model = adapter(base, modules_to_save=[trained])
+    before = predict(model)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(predict(merged), before, rtol=1e-4, atol=1e-5)
+    assert not any("trpts" in name or "modules_to_save" in name for name in merged.state_dict())
 
 
 def test_safe_merge_refuses_broken_values() -> None:

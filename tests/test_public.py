@@ -18,7 +18,7 @@ MODULES = sorted(SOURCE.glob("*.py"))
 FLOORS = (
     {
         *{"card", "change_of_class", "families", "folders", "functional", "image_data", "masks", "metrics"},
-        *{"merging", "peft_type", "sparse_linear", "stale", "tuner_layer"},
+        *{"merging", "peft_type", "sparse_linear", "stale", "token_layers", "tuner_layer"},
     },
     {"run_folder", "config", "layer", "vit", "fisher", "data", "probe", "head", "cost"},
     {

@@ -30,13 +30,13 @@ from .families import FAMILIES
 from .layer import TRPTSLinear
 from .merging import base_parameter
 from .sparse_linear import digest
+from .token_layers import check_saved_modules, check_token_layers
 from .tuner_layer import PREFIX, TRPTSLayer
 from .vit import (
     AdapterTokenSelection,
     adapter_selections,
     apply_token_selection,
     check_no_fixed_selection,
-    check_token_layers,
     drop_idle_selections,
     forget_token_selection,
     install_keep_rates,
@@ -81,6 +81,7 @@ class TRPTSModel(BaseTuner):
             check_token_layers(model, layers, argument)
         if layers or (peft_config.connections is None and peft_config.token_layers):
             check_no_fixed_selection(model)
+        check_saved_modules(model, peft_config.modules_to_save or ())
         targets = _maybe_include_all_linear_layers(copy.copy(peft_config), model)
         adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         for name, module in model.named_modules():
@@ -135,6 +136,10 @@ class TRPTSModel(BaseTuner):
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """No more than that: PEFT's takes the weight of whatever is unwrapped, and a head of two layers has none."""
+        setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """As PEFT does; what it makes anew would train, even where the adapter is inactive or for inference."""

@@ -16,7 +16,7 @@ from .cost import geometry_of, predicted_speedup
 from .families import block_of, find_blocks, find_family
 from .fisher import FisherScores
 from .functional import allocate_connections, top_connections, top_counts
-from .vit import check_token_layers
+from .token_layers import check_token_layers
 
 __all__ = ["Selection", "check_feasible", "select", "unit_of"]
 

@@ -16,17 +16,17 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .change_of_class import become, has_own_forward
+from .change_of_class import become
 from .families import FAMILIES, Family, find_blocks, find_family, num_prefix_tokens
 from .functional import cls_attention, select_and_merge
 from .masks import fit_mask, refuse_padding
+from .token_layers import check_token_layers
 from .tuner_layer import TRPTSLayer, integers_stay
 
 __all__ = [
     "AdapterTokenSelection",
     "TokenSelection",
     "apply_token_selection",
-    "check_token_layers",
     "install_keep_rates",
     "keep_rates_in_force",
     "remove_token_selection",
@@ -285,37 +285,6 @@ def keep_rates_in_force(model: nn.Module) -> dict[int, float]:
     return {index: rate for index, rate in rates.items() if rate is not None}
 
 
-def check_token_layers(model: nn.Module, layers: int | list[int], argument: str = "token_layers") -> None:
-    """Refuse block indices, or a number of blocks yet to be chosen, that `model` cannot select tokens in.
-
-    Raises:
-        ValueError: the model is outside the table of families, needs every patch, has no such block, or blocks whose
-            own `forward` no class can change.
-    """
-    family = find_family(model)
-    if family is None:
-        names = ", ".join(f.model_type for f in FAMILIES)
-        raise ValueError(
-            f"`{argument}` must be an integer for a model that is no supported ViT ({names}), got {layers}: leave it "
-            "at its default, parameter selection works all the same."
-        )
-    for module in model.modules():
-        if isinstance(module, family.refused):
-            raise ValueError(
-                f"`{argument}` must be 0 for {type(module).__name__}, which needs every patch, got {layers}."
-            )
-    blocks = _blocks_of(model)
-    possible = range(len(blocks)) if isinstance(layers, int) else layers
-    if any(index >= len(blocks) for index in possible):
-        raise ValueError(f"`{argument}` must be block indices below {len(blocks)}, got {layers}.")
-    changed = [*blocks[min(possible, default=len(blocks)) :], *(cast(Any, blocks[i]).attention for i in possible)]
-    if any(_passes_class_by(module, family) for module in changed):
-        raise ValueError(
-            f"`{argument}` must be of blocks that run the `forward` of their class, got {layers} for a model with "
-            "others, which would select nothing: compile or replace a block's `forward` afterwards, or select none."
-        )
-
-
 def _blocks_of(model: nn.Module) -> tuple[nn.Module, ...]:
     return tuple(block for _, block in find_blocks(model))
 
@@ -332,11 +301,6 @@ def _refresh_classes(blocks: tuple[nn.Module, ...]) -> None:
         behind = behind or selects
         become(block, layer_class if behind else family.layer_class)
         become(block.attention, attention_class if selects else family.attention_class)
-
-
-def _passes_class_by(module: nn.Module, family: Family) -> bool:
-    """Whether another class would make no difference to a stock module, whose `forward` was replaced or compiled."""
-    return type(module) in (family.layer_class, family.attention_class) and has_own_forward(module)
 
 
 def _new_selection(model: nn.Module) -> AdapterTokenSelection:

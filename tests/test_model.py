@@ -449,6 +449,36 @@ def test_modules_with_children_that_are_trained_whole_are_merged(trained: str) -
     assert not any("trpts" in name or "modules_to_save" in name for name in merged.state_dict())
 
 
+@pytest.mark.parametrize("heads", [("default", "second"), ("second",), ("default",)])
+def test_merging_a_named_adapter_takes_its_head(heads: tuple[str, ...]) -> None:
+    model = adapter(modules_to_save=["classifier"] if "default" in heads else None, token_layers=0)
+    config = TRPTSConfig(token_layers=0, modules_to_save=["classifier"] if "second" in heads else None)
+    model.add_adapter("second", config)
+    randomize(model, 4, "second")
+    model.set_adapter("second")
+    before = predict(model)
+    model.set_adapter("default")
+    torch.testing.assert_close(predict(model.merge_and_unload(adapter_names=["second"])), before, rtol=1e-4, atol=1e-5)
+
+
+def test_two_adapters_with_heads_of_their_own_are_not_merged_into_one() -> None:
+    model = pair(["classifier"])
+    before = predict(model)
+    with pytest.raises(ValueError, match=r"`adapter_names` must .*classifier.*\['default', 'second'\]"):
+        model.merge_and_unload(adapter_names=["default", "second"])
+    assert torch.equal(predict(model), before)
+
+
+def test_merging_beside_the_head_of_another_adapter_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = pair(["classifier"])
+    caplog.clear()
+    model.merge_adapter(["default"])
+    model.unmerge_adapter()
+    assert not caplog.text
+    model.merge_adapter(["second"])
+    assert "classifier" in caplog.text and "['second']" in caplog.text
+
+
 def test_safe_merge_refuses_broken_values() -> None:
     model = adapter()
     linears(model)[FC1].trpts_values["default"].data[0, 0] = float("nan")
@@ -506,12 +536,17 @@ def test_an_adapter_added_beside_a_merged_one_starts_from_the_base_weights() -> 
         assert torch.equal(layer.trpts_columns["before"], layer.trpts_columns["after"])
 
 
-@pytest.mark.parametrize("name", ["copy", "values", "training", "v1.0"])
-def test_a_name_that_containers_use_is_refused(name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["copy", "values", "training", "v1.0", "trpts_values", "0", "vit", "fc1", "weight", "classifier", "model"],
+)
+def test_a_name_that_other_tensors_have_is_refused(name: str) -> None:
     model = adapter()
     expected = predict(model)
-    with pytest.raises(ValueError, match=f"`adapter_name` must have no dot, .* got '{name}'"):
+    with pytest.raises(ValueError, match=f"`adapter_name` must .* got '{name}'"):
         model.add_adapter(name, TRPTSConfig())
+    with pytest.raises(ValueError, match=f"`adapter_name` must .* got '{name}'"):
+        get_peft_model(build_vit(), TRPTSConfig(), adapter_name=name)
     model.set_adapter("default")
     assert list(model.peft_config) == ["default"]
     assert torch.equal(predict(model), expected)

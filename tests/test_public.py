@@ -20,7 +20,7 @@ FLOORS = (
         *{"card", "change_of_class", "families", "folders", "functional", "image_data", "masks", "metrics"},
         *{"merging", "peft_type", "sparse_linear", "stale", "token_layers", "tuner_layer"},
     },
-    {"run_folder", "config", "layer", "vit", "fisher", "data", "probe", "head", "cost"},
+    {"run_folder", "config", "layer", "targets", "vit", "fisher", "data", "probe", "head", "cost"},
     {
         "selection",
         "measurement",

@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
-import torch
 from peft.functional import set_adapter
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers, onload_layer
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
 
@@ -30,6 +29,7 @@ from .families import FAMILIES
 from .layer import TRPTSLinear
 from .merging import base_parameter
 from .sparse_linear import digest
+from .targets import check_adapter_name, check_called, check_target
 from .token_layers import check_saved_modules, check_token_layers
 from .tuner_layer import PREFIX, TRPTSLayer
 from .vit import (
@@ -87,16 +87,12 @@ class TRPTSModel(BaseTuner):
         for name, module in model.named_modules():
             if name.startswith(adapted) or not self._check_target_module_exists(targets, name):
                 continue
-            _check_called(name, model.get_submodule(name.rpartition(".")[0]))
-            _check_target(peft_config, name, module.get_base_layer() if isinstance(module, TRPTSLinear) else module)
+            check_called(name, model.get_submodule(name.rpartition(".")[0]))
+            check_target(peft_config, name, module.get_base_layer() if isinstance(module, TRPTSLinear) else module)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adapt the targeted linears, and let the known token layers select tokens."""
-        if "." in adapter_name or hasattr(nn.ParameterDict(), adapter_name):
-            raise ValueError(
-                "`adapter_name` must have no dot, and be no name that torch's containers use, "
-                f"got {adapter_name!r}: choose another."
-            )
+        check_adapter_name(model, adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = cast(TRPTSConfig, self.peft_config[adapter_name])
         install_keep_rates(model, adapter_name, dict.fromkeys(config.fixed_token_layers, config.keep_rate))
@@ -120,7 +116,7 @@ class TRPTSModel(BaseTuner):
     ) -> None:
         layer = target
         if not isinstance(target, TRPTSLinear):
-            _check_target(peft_config, current_key, target)
+            check_target(peft_config, current_key, target)
             layer = TRPTSLinear(cast(nn.Linear, target))
             layer._active_adapter = adapter_name
         assert isinstance(layer, TRPTSLinear)
@@ -197,8 +193,10 @@ class TRPTSModel(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write the updates of the active (or the named) adapters into the base weights; `unmerge_adapter` is exact."""
         layers = _tuner_layers(self.model)
-        self._check_merge(layers, adapter_names, safe_merge)
+        names = self._check_merge(layers, adapter_names, safe_merge)
         self._check_merge_allowed()
+        if adapter_names is not None:
+            _warn_of_other_copies(self.model, names)
         _on_each(layers, lambda layer: layer.merge(safe_merge, adapter_names))
 
     def unmerge_adapter(self) -> None:
@@ -280,6 +278,7 @@ class TRPTSModel(BaseTuner):
                 leaves the rates in `config.trpts_keep_rates`, for `apply_token_selection` after `from_pretrained`.
         """
         names = self._check_merge(_tuner_layers(self.model), adapter_names, safe_merge)
+        _take_copies_of(self.model, names)
         rates = {
             index: rate
             for index, selection in adapter_selections(self.model).items()
@@ -413,6 +412,40 @@ def _merged_with(layers: list[Any], adapter_names: list[str]) -> list[str]:
     return list(dict.fromkeys([*merged, *adapter_names]))
 
 
+def _copies(model: nn.Module, adapter_names: list[str]) -> Iterator[tuple[str, Any, list[str]]]:
+    """Name, wrapper and, of these adapters, those with a copy of their own, for each module that is trained whole."""
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            yield name, module, [adapter for adapter in adapter_names if adapter in module.modules_to_save]
+
+
+def _take_copies_of(model: nn.Module, adapter_names: list[str]) -> None:
+    """Have the modules that merged adapters train whole, such as the head, stay when PEFT unwraps them.
+
+    Raises:
+        ValueError: two of the adapters train the same one. Nothing is changed.
+    """
+    copies = list(_copies(model, adapter_names))
+    for name, _, holders in copies:
+        if len(holders) > 1:
+            raise ValueError(
+                f"`adapter_names` must name one adapter that trains {name} whole, got {holders}: merge one of them, or "
+                "their sum, by `add_weighted_adapter`."
+            )
+    for _, wrapper, holders in copies:
+        wrapper._active_adapter = holders[0] if holders else []
+
+
+def _warn_of_other_copies(model: nn.Module, adapter_names: list[str]) -> None:
+    others = [name for name, wrapper, holders in _copies(model, adapter_names) if holders != wrapper.active_adapters]
+    if others:
+        logger.warning(
+            "Adapters %s are merged, but %s stays that of the active one: only `set_adapter` changes it.",
+            adapter_names,
+            others[0],
+        )
+
+
 def _check_entries(layers: list[Any], adapter_names: list[str]) -> None:
     """Refuse before any layer is merged: a model merged by half is of no use."""
     linears = (layer for layer in layers if isinstance(layer, TRPTSLinear))
@@ -438,54 +471,3 @@ def _count(config: TRPTSConfig, name: str, in_features: int) -> int:
     if config.connections is not None:
         return config.connections[name]
     return min(config.initial_connections, in_features)
-
-
-def _check_called(name: str, parent: nn.Module) -> None:
-    """Refuse a target that trains but is not heard in evaluation; name one that is never heard.
-
-    torch's modules read the weights of linears inside them, in training (`nn.MultiheadAttention`) or on the fast path.
-    """
-    if isinstance(parent, nn.MultiheadAttention):
-        logger.warning("nn.MultiheadAttention reads the weight of %s without a call: an adapter there is idle.", name)
-    if not isinstance(parent, nn.TransformerEncoderLayer) or not torch.backends.mha.get_fastpath_enabled():
-        return
-    if type(parent).forward is nn.TransformerEncoderLayer.forward and parent.self_attn.batch_first:
-        raise TypeError(
-            f"`target_modules` must name linears that the model calls, got {name} of an nn.TransformerEncoderLayer, "
-            "which reads its weights past any adapter in evaluation: call "
-            "`torch.backends.mha.set_fastpath_enabled(False)` first, or list it in `exclude_modules`."
-        )
-
-
-def _check_target(config: TRPTSConfig, name: str, module: nn.Module) -> None:
-    """Refuse a target that is no linear, and a number of connections that it cannot have."""
-    if not isinstance(module, nn.Linear):
-        raise TypeError(
-            f"`target_modules` must name nn.Linear modules, got {name} of type {type(module).__name__}, "
-            "which is not supported: leave it out, or list it in `exclude_modules`."
-        )
-    if "weight" not in module._parameters:
-        raise TypeError(
-            f"`target_modules` must name linears with a weight of their own, got {name}, whose weight is computed from "
-            "others at each call: remove the parametrization first."
-        )
-    if module.weight.is_meta and "_hf_hook" in vars(module):
-        raise ValueError(
-            f"`model` must hold the weights of the targeted linears, got {name}, which accelerate has offloaded: "
-            'offload it with the adapter in it, `cpu_offload(model, preload_module_classes=["TRPTSLinear"])`.'
-        )
-    if not module.weight.is_floating_point() or module.weight.shape != (module.out_features, module.in_features):
-        raise TypeError(
-            f"`target_modules` must name linears with plain weights, got {name} of type {type(module).__name__} with "
-            f"{module.weight.dtype} {tuple(module.weight.shape)}, which is not supported: load the model unquantized."
-        )
-    if config.connections is None:
-        return
-    count = config.connections.get(name)
-    if count is None or count > module.in_features:
-        outer = next((other for other in config.connections if other.endswith(f".{name}")), None)
-        remedy = "use `calibrate` on this one" if outer is None else f"load it into that one, where this is {outer}"
-        raise ValueError(
-            f"`connections` must hold a number from 1 to {module.in_features} for {name}, got {count}: the config was "
-            f"made for another model; {remedy}."
-        )

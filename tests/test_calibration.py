@@ -283,6 +283,87 @@ def test_a_head_may_hold_its_linear(trained: bool) -> None:
         assert not torch.equal(wrapper.modules_to_save["default"].fc.weight, plain)
 
 
+class Cosine(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 16 * F.linear(F.normalize(x), F.normalize(self.weight))
+
+
+class Neck(nn.Module):
+    """A linear of a head's name that is none: what it gives goes through a cosine classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = build_vit().vit
+        self.fc = nn.Linear(32, 3)
+        self.classes = nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, pixel_values: Tensor) -> SequenceClassifierOutput:
+        features = self.fc(self.backbone(pixel_values=pixel_values).last_hidden_state[:, 0])
+        return SequenceClassifierOutput(logits=F.linear(F.normalize(features), F.normalize(self.classes)))
+
+
+def headed(head: nn.Module) -> nn.Module:
+    base = build_vit()
+    base.classifier = head
+    return base
+
+
+@pytest.mark.parametrize(
+    ("make", "trained", "message"),
+    [
+        (Neck, "fc", "got fc, whose output is not what the model returns"),
+        (lambda: headed(Cosine(32, 3)), "classifier", "got classifier, which does more"),
+        (
+            lambda: headed(nn.utils.parametrizations.weight_norm(nn.Linear(32, 3))),
+            "classifier",
+            "whose weight is computed",
+        ),
+    ],
+)
+def test_a_linear_that_does_not_predict_is_no_head(make: Any, trained: str, message: str) -> None:
+    model = adapter(make(), modules_to_save=[trained], target_modules=["q_proj"], token_layers=0)
+    before = state_of(model)
+    with pytest.raises(ValueError, match=f"`probe_head` must be False .*{message}"):
+        calibrate(model, DATA, **QUIET)
+    assert_unchanged(before, model)
+    calibrate(model, DATA, probe_head=False, **QUIET)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_head_that_rounds_predicts(dtype: torch.dtype) -> None:
+    model = adapter(build_vit().to(dtype), token_layers=0)
+    calibrate(model, DATA, **QUIET)
+    assert "connections" in model.peft_config["default"].to_dict()
+
+
+class Distillation(nn.Module):
+    main_input_name = "pixel_values"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student, self.teacher = build_vit(), build_vit()
+
+    def forward(self, pixel_values: Tensor) -> Any:
+        self.teacher(pixel_values)
+        return self.student(pixel_values)
+
+
+def test_of_several_heads_it_is_the_one_that_trains() -> None:
+    targets = {"target_modules": ["fc1"], "exclude_modules": r"teacher\..*", "token_layers": 1}
+    model = adapter(Distillation(), modules_to_save=["student.classifier"], **targets)
+    selection = calibrate(model, DATA, **QUIET)
+    head = model.base_model.model.student.classifier
+    assert not torch.equal(head.modules_to_save["default"].weight, head.original_module.weight)
+    assert selection.speedup is None and "predicted" not in selection.summary()  # which ViT runs how often is unknown
+
+
+def test_a_model_around_a_peft_model_is_told_what_to_calibrate() -> None:
+    outer = nn.Module()
+    outer.backbone = adapter()
+    with pytest.raises(ValueError, match=r"calibrate `model\.backbone`"):
+        calibrate(outer, DATA, **QUIET)
+
+
 # ---- what it writes ----
 
 
@@ -679,10 +760,17 @@ def test_inference_mode_is_refused() -> None:
         estimate_fisher(model, DATA, **QUIET)
 
 
+def with_compiled_blocks(model: PeftModel) -> PeftModel:
+    blocks = model.base_model.model.vit.layers
+    blocks[1] = torch.compile(blocks[1], backend="eager")
+    return model
+
+
 @pytest.mark.parametrize(
     ("wrapped", "name"),
     [
         (lambda m: torch.compile(m, backend="eager"), "OptimizedModule"),
+        (lambda m: with_compiled_blocks(adapter()), "OptimizedModule"),
         (nn.DataParallel, "DataParallel"),
         (lambda m: get_peft_model(torch.compile(build_vit(), backend="eager"), TRPTSConfig()), "OptimizedModule"),
     ],

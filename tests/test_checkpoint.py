@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -515,6 +516,42 @@ def test_no_file_brings_embeddings_of_positions(tmp_path: Path) -> None:
     save_file({**load_file(file), f"base_model.model.{name}": torch.zeros(17, 16)}, file)
     with pytest.raises(ValueError, match=r"position_embedding.weight` must be absent"):
         PeftModel.from_pretrained(clip(), tmp_path)
+
+
+def test_embeddings_saved_on_request_may_come_if_they_are_the_bases(tmp_path: Path, logits: Tensor) -> None:
+    adapted().save_pretrained(tmp_path, save_embedding_layers=True)
+    key = "base_model.model.vit.embeddings.patch_embeddings.projection.bias"
+    assert key in load_file(tmp_path / "adapter_model.safetensors")
+    assert torch.equal(predict(PeftModel.from_pretrained(build_vit(), tmp_path).eval()), logits)
+    damaged(tmp_path, tmp_path, _fill(key, 1.0))
+    with pytest.raises(ValueError, match=r"patch_embeddings.projection.bias` must be absent"):
+        PeftModel.from_pretrained(build_vit(), tmp_path)
+
+
+def test_a_model_with_compiled_blocks_is_saved_under_its_own_names(saved: Path, tmp_path: Path) -> None:
+    model = adapted()
+    blocks = model.base_model.model.vit.layers
+    for index, block in enumerate(blocks):
+        blocks[index] = torch.compile(block, backend="eager")
+    model.save_pretrained(tmp_path)
+    file, plain = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, saved))
+    assert file.keys() == plain.keys() and all(torch.equal(tensor, plain[key]) for key, tensor in file.items())
+
+
+def test_a_folder_whose_config_was_changed_says_so(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "keep_rate": 0.25}))
+    with pytest.raises(ValueError, match=r"at 0\.25, got .* at 0\.5: the tensors were saved with another"):
+        PeftModel.from_pretrained(build_vit(), tmp_path, is_trainable=True)
+
+
+def test_a_rate_that_was_only_assigned_is_not_saved(tmp_path: Path) -> None:
+    model = adapted()
+    model.peft_config["default"].keep_rate = 0.25
+    with pytest.raises(ValueError, match=r"`keep_rate` must be that of the adapter, 0\.5, .* got 0\.25"):
+        model.save_pretrained(tmp_path)
+    assert not (tmp_path / "adapter_config.json").exists()
 
 
 def test_a_buffer_of_a_saved_module_may_be_infinite(tmp_path: Path) -> None:

@@ -254,6 +254,13 @@ def test_a_model_around_a_vit() -> None:
     assert cost.stored_parameters - cost.stored_parameters_without_head == naive_size(model.top)
 
 
+def test_of_two_vits_nothing_tells_what_they_cost_together() -> None:
+    pair = nn.ModuleDict({"student": build_vit(), "teacher": build_vit()})
+    with pytest.raises(ValueError, match=r"`model` must hold one ViT, got ModuleDict with 2,"):
+        estimate_cost(pair)
+    assert estimate_cost(pair["student"]).tokens == estimate_cost(build_vit()).tokens
+
+
 def test_the_summary_is_readable() -> None:
     cost = estimate_cost(get_peft_model(build_vit(), trpts()))
     lines = str(cost).splitlines()

@@ -559,6 +559,19 @@ def test_bad_arguments_are_refused(tiny_vit, labelled_images, options, message):
         estimate(tiny_vit(), labelled_images(3), **options)
 
 
+@pytest.mark.parametrize("labels", ["dataset", "model"])
+def test_a_model_without_logits_is_told_of_a_loss(tiny_vit, labelled_images, labels):
+    with pytest.raises(ValueError, match=r"`model` must return outputs with `logits`, got .*Pooling: pass a `loss_fn`"):
+        estimate(tiny_vit().vit, labelled_images(3), labels=labels)
+
+
+def test_no_labels_are_drawn_from_a_single_logit(tiny_vit, labelled_images):
+    with pytest.raises(ValueError, match=r"`labels` must be 'dataset' .* got 'model' with logits of shape \(3, 1\)"):
+        estimate(
+            tiny_vit(num_labels=1), labelled_images(3), labels="model", loss_fn=lambda out, y: out.logits[:, 0] ** 2
+        )
+
+
 def test_labels_outside_the_head_are_refused(tiny_vit, labelled_images):
     with pytest.raises(ValueError, match=r"`labels` must be from 0 to 2, the labels of the head, got 0 to [34]"):
         estimate(tiny_vit(), labelled_images(5, num_labels=5))

@@ -16,10 +16,11 @@ from transformers import (
     CLIPVisionConfig,
     ConvNextBackbone,
     ConvNextConfig,
+    DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
 )
 
-from conftest import FAMILIES, build_vit
+from conftest import FAMILIES, build_images, build_vit
 from trpts_peft.pretrained import load_whole
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -68,6 +69,16 @@ def test_a_backbone_pretrained_without_a_head_is_whole(tmp_path: Path, build: An
     loaded = load_whole(str(tmp_path), num_labels=7).base_model.state_dict()
     blocks = {name: t for name, t in backbone.state_dict().items() if name.startswith(("encoder.", "layers."))}
     assert blocks and all(torch.equal(tensor, loaded[name]) for name, tensor in blocks.items())
+
+
+def test_a_distilled_deit_gets_one_head_that_takes_labels(tmp_path: Path) -> None:
+    both = build_vit("deit", model_class=DeiTForImageClassificationWithTeacher)
+    both.save_pretrained(tmp_path)
+    model = load_whole(str(tmp_path), num_labels=7)
+    assert type(model) is DeiTForImageClassification
+    old = both.deit.state_dict()
+    assert all(torch.equal(tensor, old[name]) for name, tensor in model.deit.state_dict().items())
+    assert model(build_images(2), labels=torch.tensor([0, 6])).loss.isfinite()
 
 
 @pytest.mark.parametrize("change", [lambda key: f"_orig_mod.{key}", lambda key: ".1." not in key and key])

@@ -6,6 +6,7 @@ from .callbacks import TRPTSCallback
 from .config import TRPTSConfig
 from .cost import estimate_cost
 from .fisher import FisherScores
+from .keep_rate import set_keep_rate
 from .measurement import estimate_fisher
 from .model import TRPTSModel
 from .plots import plot_layer_importance, plot_overlap, plot_tokens
@@ -19,7 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FisherScores", "Selection", "TRPTSCallback", "TRPTSConfig", "TRPTSModel", "apply_token_selection", "calibrate",
     "estimate_cost", "estimate_fisher", "functional", "plot_layer_importance", "plot_overlap", "plot_tokens",
-    "record_tokens", "select", "set_token_selection",
+    "record_tokens", "select", "set_keep_rate", "set_token_selection",
 ]
 # fmt: on
 

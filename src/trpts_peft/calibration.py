@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from .adapters import find_adapter
 from .checkpoint import adapted_linears, trained_parameters
 from .config import TRPTSConfig
 from .data import Batches, check_whole, of_first_process, processes
@@ -23,7 +24,6 @@ from .layer import TRPTSLinear
 from .measurement import (
     LABELS,
     SCORES,
-    bare_base,
     check_labels,
     check_words,
     check_workspace,
@@ -77,7 +77,7 @@ def calibrate(
     """
     check_words(labels=(labels, LABELS))
     check_workspace(workspace_mb)
-    base, name, config = _find_adapter(model, adapter_name)
+    base, name, config = find_adapter(model, adapter_name)
     linears = _checked_linears(base, config, name, scores, overwrite)
     measures = scores is None and config.importance in SCORES
     batches = _batches(base, data, num_samples, batch_size, accelerator) if measures or probe_head else None
@@ -103,32 +103,9 @@ def _batches(base: nn.Module, data: Any, num_samples: int | None, batch_size: in
     return Batches(data, base, num_samples=num_samples, batch_size=batch_size, rank=rank, world=world)
 
 
-def _find_adapter(model: nn.Module, adapter_name: str | None) -> tuple[nn.Module, str, TRPTSConfig]:
+def _check_calibratable(base: nn.Module, config: TRPTSConfig, adapter_name: str, overwrite: bool) -> None:
     if torch.is_inference_mode_enabled():
         raise ValueError("`calibrate` must make trainable parameters, got `torch.inference_mode`: call it outside.")
-    base = bare_base(model)
-    configs = getattr(model, "peft_config", None)
-    if not isinstance(configs, dict) or not any(isinstance(config, TRPTSConfig) for config in configs.values()):
-        raise ValueError(
-            "`model` must hold a TR-PTS adapter, got a model without: use `get_peft_model(model, TRPTSConfig(...))` "
-            "first, on a model without adapters of another method."
-        )
-    if adapter_name is None:
-        active = [m.active_adapters for m in base.modules() if isinstance(m, TRPTSLinear)]
-        if not active or len(active[0]) != 1:
-            raise ValueError(
-                f"`adapter_name` must be given unless one adapter is active, got None among {list(configs)}."
-            )
-        adapter_name = active[0][0]
-    config = configs.get(adapter_name)
-    if not isinstance(config, TRPTSConfig):
-        raise ValueError(
-            f"`adapter_name` must name a TR-PTS adapter of the model, got {adapter_name!r}: it has {list(configs)}."
-        )
-    return base, adapter_name, config.checked()
-
-
-def _check_calibratable(base: nn.Module, config: TRPTSConfig, adapter_name: str, overwrite: bool) -> None:
     check_whole(base)
     layers = [layer for _, layer in adapted_linears(base, adapter_name)]
     if any(layer.merged for layer in layers):

@@ -19,6 +19,7 @@ __all__ = [
     "FLOATS",
     "check_adapter",
     "check_columns",
+    "check_config",
     "check_file",
     "check_floats",
     "check_values",
@@ -37,6 +38,10 @@ _ignores_sizes = ContextVar("ignore_mismatched_sizes", default=False)
 _REMEDY = (
     "calibrate this model on the same data first, or load the file with "
     "`PeftModel.from_pretrained(model, path, is_trainable=True)`"
+)
+_REMEDY_OF_A_FOLDER = (
+    "the tensors were saved with another `adapter_config.json`, so restore that; `trpts_peft.set_keep_rate` gives a "
+    "loaded adapter another rate"
 )
 
 
@@ -116,13 +121,15 @@ def _check_fingerprint(name: str, fingerprint: Tensor, layer: TRPTSLinear) -> No
         )
 
 
-def _check_linear(name: str, layer: TRPTSLinear, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def _check_linear(
+    name: str, layer: TRPTSLinear, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], remedy: str
+) -> None:
     for part, own in expected.items():
         key = f"{name}.{part}"
         if part not in tensors:
-            _refuse(key, "in the file", "a file without it", _REMEDY)
+            _refuse(key, "in the file", "a file without it", remedy)
         if tensors[part].shape != own.shape:
-            _refuse(key, f"of shape {tuple(own.shape)}", tuple(tensors[part].shape), _REMEDY)
+            _refuse(key, f"of shape {tuple(own.shape)}", tuple(tensors[part].shape), remedy)
     check_columns(f"{name}.trpts_columns", tensors["trpts_columns"], layer.in_features)
     check_floats(f"{name}.trpts_fingerprint", tensors["trpts_fingerprint"])
     for part in ("trpts_values", "trpts_bias"):
@@ -162,8 +169,9 @@ def check_file(model: nn.Module, config: TRPTSConfig, adapter_name: str, state_d
     for key, tensor in state_dict.items():
         if key in embeddings:
             check_values(key, tensor, tensor.dtype)
-    own |= embeddings
-    _check_surplus(state_dict, {key.removeprefix(MODEL_PREFIX) for key in own}, _dropped(model, config))
+    own |= embeddings | _equal_tensors(model, state_dict, own)
+    remedy = _remedy(model, config, adapter_name)
+    _check_surplus(state_dict, {key.removeprefix(MODEL_PREFIX) for key in own}, _dropped(model, config), remedy)
 
 
 def check_state_dict(
@@ -174,25 +182,46 @@ def check_state_dict(
     Raises:
         ValueError: something is missing, of another shape, out of range, not finite, or made for another base.
     """
-    _check_token_layers(model, adapter_name, state_dict)
+    remedy = _remedy(model, config, adapter_name)
+    _check_token_layers(model, adapter_name, state_dict, remedy)
     _check_linears(model, config, adapter_name)
     for name, layer in adapted_linears(model, adapter_name):
         if layer.merged:
             _refuse(name, "unmerged while a file is loaded", "a merged one", "call `unmerge_adapter()` first")
         keys = {part: f"{name}.{part}.{adapter_name}" for part in _PARTS}
         tensors = {part: state_dict[key] for part, key in keys.items() if key in state_dict}
-        _check_linear(name, layer, tensors, _own_tensors(layer, adapter_name))
+        _check_linear(name, layer, tensors, _own_tensors(layer, adapter_name), remedy)
         if config.connections is not None and not config.allow_other_base:
             _check_fingerprint(f"{name}.trpts_fingerprint", tensors["trpts_fingerprint"], layer)
     _check_saved_modules(model, config, adapter_name, state_dict)
 
 
-def _check_surplus(state_dict: Mapping[str, Tensor], own: Collection[str], dropped: tuple[str, ...]) -> None:
+def _remedy(model: nn.Module, config: TRPTSConfig, adapter_name: str) -> str:
+    """What to do about a file that is not of this adapter, which may have been injected from the config beside it."""
+    just_injected = any(adapter_name in layer.fresh for _, layer in adapted_linears(model, adapter_name))
+    return _REMEDY_OF_A_FOLDER if just_injected and config.connections is not None else _REMEDY
+
+
+def _equal_tensors(model: nn.Module, state_dict: Mapping[str, Tensor], own: Collection[str]) -> set[str]:
+    """Tensors of the base model as it has them: PEFT saves its embeddings, those of patches too, for who asks."""
+    base = model.state_dict() if state_dict.keys() - own else {}
+    return {
+        key
+        for key in state_dict.keys() - own
+        if key in base and state_dict[key].shape == base[key].shape and not base[key].is_meta
+        if torch.equal(state_dict[key].to(base[key]), base[key])
+    }
+
+
+def _check_surplus(
+    state_dict: Mapping[str, Tensor], own: Collection[str], dropped: tuple[str, ...], remedy: str
+) -> None:
     names = sorted(key.removeprefix(MODEL_PREFIX) for key in state_dict)
     surplus = [name for name in names if name not in own and not name.startswith(dropped)]
     if surplus:
         of_its_kind = surplus[0].rpartition(".")[2] in _PARTS  # a file of other settings, perhaps to resume from
-        remedy = _REMEDY if of_its_kind else "the file is damaged or was made for another model"
+        if not of_its_kind:
+            remedy = "the file is damaged or was made for another model"
         _refuse(surplus[0], "absent, since this adapter has none", f"{len(surplus)} such tensors", remedy)
 
 
@@ -240,7 +269,22 @@ def _keep_rates(model: nn.Module, adapter_name: str) -> dict[str, int]:
     }
 
 
-def _check_token_layers(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
+def check_config(model: nn.Module, config: TRPTSConfig, adapter_name: str) -> None:
+    """Refuse to save an adapter beside a config that says otherwise: nobody could load it.
+
+    Raises:
+        ValueError: `keep_rate` was assigned since.
+    """
+    for module in model.modules():
+        rate = module.own_rate(adapter_name) if isinstance(module, AdapterTokenSelection) else None
+        if rate is not None and in_millionths(rate) != in_millionths(config.keep_rate):
+            raise ValueError(
+                f"`keep_rate` must be that of the adapter, {rate:g}, when it is saved, got {config.keep_rate!r} in its "
+                "config: call `trpts_peft.set_keep_rate`, or assign the former again."
+            )
+
+
+def _check_token_layers(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor], remedy: str) -> None:
     endings = (f".trpts_keep_ppm.{adapter_name}", ".trpts_keep_ppm")
     tensors = {key: value for key, value in state_dict.items() if key.endswith(endings)}
     for key, value in tensors.items():
@@ -250,7 +294,7 @@ def _check_token_layers(model: nn.Module, adapter_name: str, state_dict: Mapping
     if {key.removeprefix(MODEL_PREFIX): value for key, value in stored.items()} != {
         key.removeprefix(MODEL_PREFIX): value for key, value in own.items()
     }:
-        _refuse("token layers", f"those of this adapter, {_read(own)}", _read(stored), _REMEDY)
+        _refuse("token layers", f"those of this adapter, {_read(own)}", _read(stored), remedy)
 
 
 def _read(rates: Mapping[str, int]) -> str:

@@ -13,7 +13,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .families import find_blocks, find_family, num_prefix_tokens
+from .families import count_vits, find_blocks, find_family, num_prefix_tokens
 from .functional import kept_tokens
 from .tuner_layer import MODEL_PREFIX
 from .vit import keep_rates_in_force
@@ -115,13 +115,18 @@ def geometry_of(model: nn.Module, image_size: ImageSize | None = None) -> Geomet
         image_size: height and width in pixels (one int for a square), by default the model's own.
 
     Raises:
-        ValueError: the model is not in the family table, or an image holds no patch.
+        ValueError: the model is not in the family table or holds several ViTs, or an image holds no patch.
     """
     base = _base_of(model)
     if find_family(base) is None:
         raise ValueError(
             f"`model` must be a ViT of a supported family, got {type(base).__name__}. "
             "Costs are known for the models that token selection supports, such as ViT and DINOv2."
+        )
+    if (count := count_vits(base)) > 1:
+        raise ValueError(
+            f"`model` must hold one ViT, got {type(base).__name__} with {count}, of which nothing tells how often each "
+            "runs. Pass one of them."
         )
     config = _config_of(base)
     rows, columns = patch_grid(base, image_size)
@@ -244,7 +249,7 @@ def estimate_cost(model: nn.Module, image_size: ImageSize | None = None) -> Cost
         image_size: height and width in pixels (one int for a square), by default the model's own.
 
     Raises:
-        ValueError: the model is not in the family table, or an image holds no patch.
+        ValueError: the model is not in the family table or holds several ViTs, or an image holds no patch.
     """
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     geometry, rates, base = geometry_of(model, image_size), keep_rates_in_force(model), _base_of(model)

@@ -19,6 +19,7 @@ __all__ = [
     "Family",
     "block_index",
     "block_of",
+    "count_vits",
     "find_blocks",
     "find_family",
     "is_of_family",
@@ -163,6 +164,11 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     if family is None:
         return []
     return [(name, module) for name, module in model.named_modules() if isinstance(module, family.layer_class)]
+
+
+def count_vits(model: nn.Module) -> int:
+    """How many supported ViTs `model` holds: a teacher beside its student is a second one."""
+    return len({re.sub(r"\.\d+(\.[^.\d]*)?$", "", name) for name, _ in find_blocks(model)})
 
 
 def num_prefix_tokens(model: nn.Module) -> int:

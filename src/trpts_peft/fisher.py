@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .functional import squared_gradient_sum, tokens_with_gradient
 
-__all__ = ["FisherCollector", "FisherScores", "LossFn", "eval_mode", "per_sample_cross_entropy"]
+__all__ = ["FisherCollector", "FisherScores", "LossFn", "eval_mode", "logits_of", "per_sample_cross_entropy"]
 
 # Tokens without a gradient lie behind the last attention, where backward begins. Of its own linears two, keys and
 # values, have gradients of all tokens; after one more it is as good as sure that all that follow have. To look costs a
@@ -80,9 +80,18 @@ class FisherScores(Mapping[str, Tensor]):
 
 def per_sample_cross_entropy(outputs: Any, labels: Tensor) -> Tensor:
     """Cross-entropy of each sample, (B,), from a model's output with `logits` (B, num_labels)."""
-    if getattr(outputs, "logits", None) is None:
-        raise ValueError(f"`model` must return outputs with `logits`, got {type(outputs).__name__}: pass a `loss_fn`.")
-    return F.cross_entropy(outputs.logits.float(), labels, reduction="none")
+    return F.cross_entropy(logits_of(outputs).float(), labels, reduction="none")
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """The `logits` in what a model returns; a ValueError where there are none."""
+    logits = getattr(outputs, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"`model` must return outputs with `logits`, got {type(outputs).__name__}: pass a `loss_fn`, and "
+            '`labels="dataset"`.'
+        )
+    return logits
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -34,17 +35,42 @@ class Head:
     trainable: bool
 
     @contextmanager
-    def capture(self, inputs: list[Tensor]) -> Iterator[None]:
-        """Within, every forward pass appends the head's input (B, features) to `inputs`."""
+    def capture(self, calls: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+        """Within, every forward pass appends the head's input (B, features) and output (B, num_labels) to `calls`."""
 
-        def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs.append(args[0].detach())
+        def keep(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            calls.append((args[0].detach(), output.detach()))
 
-        handle = self.module.register_forward_pre_hook(keep)
+        handle = self.module.register_forward_hook(keep)
         try:
             yield
         finally:
             handle.remove()
+
+    def check_prediction(self, features: Tensor, prediction: Tensor, outputs: Any) -> None:
+        """Refuse a head in whose place another linear would not predict: a probe there would say nothing of the model.
+
+        Args:
+            features: its input (B, features).
+            prediction: its output.
+            outputs: what the model returned; looked at if a tensor, or if there are `logits`.
+
+        Raises:
+            ValueError: its weight is computed at each call, it is no plain linear, or what it gives are not the logits.
+        """
+        logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
+        if "weight" not in self.linear._parameters:
+            got = "whose weight is computed from others at each call"
+        elif not _are_close(prediction, F.linear(features, self.linear.weight, self.linear.bias)):
+            got = "which does more than to multiply and add"
+        elif isinstance(logits, Tensor) and not _are_close(prediction, logits):
+            got = "whose output is not what the model returns"
+        else:
+            return
+        raise ValueError(
+            f"`probe_head` must be False for a model whose logits do not come from a plain linear, got {self.name}, "
+            f"{got}: train the head first, since the scores are measured through it as it is."
+        )
 
     @contextmanager
     def replaced(self, weight: Tensor, bias: Tensor | None) -> Iterator[None]:
@@ -70,30 +96,45 @@ class Head:
 
 
 def find_head(model: nn.Module, adapter_name: str) -> Head:
-    """The head of a classification model, as far as its name tells: of several the outermost, of those the last.
+    """The head of a classification model, as far as its name tells.
+
+    Of several it is one that the adapter trains, of those the outermost, and of those the last.
 
     Raises:
         ValueError: there is none, or it is itself a target of the adapter.
     """
     own, idle = _copies(model, adapter_name)
     named = [(n, m) for n, m in model.named_modules() if n.rpartition(".")[2] in _NAMES and m not in idle]
-    named.reverse()
-    for name, module in sorted(named, key=lambda item: item[0].count(".")):
-        if isinstance(module, ModulesToSaveWrapper) and isinstance(module.original_module, nn.Linear):
-            trains = adapter_name in module.modules_to_save
-            linear = module.modules_to_save[adapter_name] if trains else module.original_module
-            return Head(name, module, cast(nn.Linear, linear), trains)
-        if isinstance(module, nn.Linear):
-            return Head(name, module, module, module in own)
-        if isinstance(getattr(module, "base_layer", None), nn.Linear):
-            raise ValueError(
-                f"`probe_head` must be False where the head is a target of the adapter, got True with {name} targeted: "
-                f"move it to `modules_to_save`, or put it in `exclude_modules`."
-            )
-    raise ValueError(
-        f"`probe_head` must be False for a model without a linear head named {', '.join(_NAMES)}, got True for "
-        f"{type(model).__name__}."
-    )
+    found = [head for name, module in reversed(named) if (head := _head_at(name, module, adapter_name, own))]
+    if not found:
+        raise ValueError(
+            f"`probe_head` must be False for a model without a linear head named {', '.join(_NAMES)}, got True for "
+            f"{type(model).__name__}."
+        )
+    head = min(found, key=lambda head: (not head.trainable, head.name.count(".")))
+    if isinstance(head.module, BaseTunerLayer):
+        raise ValueError(
+            f"`probe_head` must be False where the head is a target of the adapter, got True with {head.name} among "
+            "its targets: move it to `modules_to_save`, or put it in `exclude_modules`."
+        )
+    return head
+
+
+def _head_at(name: str, module: nn.Module, adapter_name: str, own: set[nn.Module]) -> Head | None:
+    if isinstance(module, ModulesToSaveWrapper) and isinstance(module.original_module, nn.Linear):
+        trains = adapter_name in module.modules_to_save
+        own_linear = module.modules_to_save[adapter_name] if trains else module.original_module
+        return Head(name, module, cast(nn.Linear, own_linear), trains)
+    linear: Any = module.base_layer if isinstance(module, BaseTunerLayer) else module
+    return Head(name, module, linear, linear in own) if isinstance(linear, nn.Linear) else None
+
+
+def _are_close(one: Tensor, other: Tensor) -> bool:
+    """Equal but for rounding, which a model may do once more; what is not finite is somebody else's to refuse."""
+    one, other = one.float(), other.float()
+    if not bool(other.isfinite().all()):
+        return True
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-2, atol=1e-2 * float(other.abs().max()))
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:

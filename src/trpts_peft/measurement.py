@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .config import TRPTSConfig
 from .data import Batches, check_bare, check_whole, processes, sum_of_processes
 from .families import find_family, is_of_family
-from .fisher import FisherCollector, FisherScores, LossFn, eval_mode, per_sample_cross_entropy
+from .fisher import FisherCollector, FisherScores, LossFn, eval_mode, logits_of, per_sample_cross_entropy
 from .head import Head
 from .layer import TRPTSLinear
 from .vit import token_selections
@@ -130,6 +130,11 @@ def _check_kind_of_labels(labels: Tensor) -> None:
 
 def _sampled_labels(logits: Tensor, index: int) -> Tensor:
     """Labels drawn from the prediction; seeded by the batch, not by the process that happens to see it."""
+    if logits.dim() != 2 or logits.shape[1] < 2:
+        raise ValueError(
+            "`labels` must be 'dataset' for a model that does not tell classes apart, got 'model' with logits of shape "
+            f"{tuple(logits.shape)}."
+        )
     generator = torch.Generator().manual_seed(index)
     probabilities = logits.detach().float().softmax(dim=-1).cpu()
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(logits.device)
@@ -154,9 +159,9 @@ def measure(
             targets = batch.pop("labels")
             outputs = base(**batch)
             if labels == "model":
-                targets = _sampled_labels(outputs.logits, k * batches.world + batches.rank)
+                targets = _sampled_labels(logits_of(outputs), k * batches.world + batches.rank)
             if loss_fn is None:
-                check_labels(targets, outputs.logits.shape[-1])
+                check_labels(targets, logits_of(outputs).shape[-1])
                 targets = targets.long()
             loss = (loss_fn or per_sample_cross_entropy)(outputs, targets)
             if loss.shape != targets.shape[:1]:
@@ -250,17 +255,26 @@ def _linears_to_score(base: nn.Module, target_modules: list[str] | str | None) -
     return targeted_linears(base, TRPTSConfig(target_modules=target_modules), None)
 
 
+def _features(base: nn.Module, batch: Mapping[str, Any], head: Head, *, is_first: bool) -> Tensor:
+    """What the head sees of a batch, on the CPU; looks once whether it is the head that predicts."""
+    calls: list[tuple[Tensor, Tensor]] = []
+    with head.capture(calls):
+        outputs = base(**batch)
+    features, prediction = calls.pop()
+    if is_first:
+        head.check_prediction(features, prediction, outputs)
+    return features.to("cpu", copy=True)  # of a ViT it is a view of all tokens
+
+
 def collect_features(
     base: nn.Module, batches: Batches, head: Head, progress: bool, adapter_name: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """float64 (n, features) and labels (n,), in the order of the data whatever the number of processes."""
-    inputs: list[Tensor] = []
     mine: list[tuple[int, Tensor, Tensor]] = []
-    with torch.no_grad(), eval_mode(base), base_weights(base, adapter_name), head.capture(inputs):
+    with torch.no_grad(), eval_mode(base), base_weights(base, adapter_name):
         for k, batch in enumerate(batches.iterate("Features", progress)):
             labels = batch.pop("labels")
-            base(**batch)
-            features = inputs.pop().to("cpu", copy=True)  # of a ViT it is a view of all tokens
+            features = _features(base, batch, head, is_first=not mine)
             _check_kind_of_labels(labels)
             if features.dim() != 2 or len(features) != len(labels):
                 shapes = f"{tuple(features.shape)} with labels {tuple(labels.shape)}"

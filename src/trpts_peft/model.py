@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .checkpoint import (
     adapted_linears,
+    check_config,
     check_file,
     pack_columns,
     parts_of,
@@ -317,6 +318,7 @@ class TRPTSModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
+        check_config(model, config, adapter_name)
         tensors: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
@@ -332,7 +334,8 @@ class TRPTSModel(BaseTuner):
                     f"`state_dict` must hold {key}, got none of that name: a wrapper has renamed the module, as FSDP's "
                     "activation checkpointing does; use `gradient_checkpointing=True` of `TrainingArguments` instead."
                 )
-        return tensors
+        # A file is of the model itself, with or without a compiler around its blocks.
+        return {key.replace("_orig_mod.", ""): tensor for key, tensor in tensors.items()}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 from torch import nn
-from transformers import AutoModelForImageClassification
+from transformers import AutoConfig, AutoModelForImageClassification, DeiTForImageClassification
 
 from .head import head_names
 
@@ -13,6 +13,10 @@ __all__ = ["load_whole"]
 
 # Of the backbone, what prepares its output for a head: models that were pretrained without one have none.
 _BEHIND_THE_BLOCKS = ("pooler", "layernorm", "norm")
+
+
+# A distilled DeiT averages two heads, and takes no labels; the class with one head reads the same file.
+_LOADED_AS = {"DeiTForImageClassificationWithTeacher": DeiTForImageClassification}
 
 
 def load_whole(source: str, **options: Any) -> nn.Module:
@@ -28,7 +32,9 @@ def load_whole(source: str, **options: Any) -> nn.Module:
         ValueError: the file does not hold all weights of the model that its config describes.
         Exception: what transformers raises where there is no such model.
     """
-    model, report = AutoModelForImageClassification.from_pretrained(
+    config = options.get("config") or AutoConfig.from_pretrained(source, trust_remote_code=False)
+    loader: Any = _LOADED_AS.get(next(iter(config.architectures or ()), ""), AutoModelForImageClassification)
+    model, report = loader.from_pretrained(
         source, **options, trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True
     )
     absent = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .config import TRPTSConfig
 from .cost import geometry_of, predicted_speedup
-from .families import block_of, find_blocks, find_family
+from .families import block_of, count_vits, find_blocks, find_family
 from .fisher import FisherScores
 from .functional import allocate_connections, top_connections, top_counts
 from .token_layers import check_token_layers
@@ -33,7 +33,8 @@ class Selection:
         keep_rate: the share of tokens they keep.
         shapes: {linear: (out_features, in_features)}.
         units: {linear: unit}.
-        speedup: predicted speed-up of inference, dense over reduced MACs; None outside the supported families.
+        speedup: predicted speed-up of inference, dense over reduced MACs; None unless the model is one supported
+            ViT.
     """
 
     importance: dict[str, float]
@@ -265,6 +266,6 @@ def _rank_blocks(
 
 
 def _speedup(model: nn.Module, token_layers: tuple[int, ...], keep_rate: float) -> float | None:
-    if find_family(model) is None or not token_layers:
+    if not token_layers or count_vits(model) != 1:
         return None
     return predicted_speedup(geometry_of(model), dict.fromkeys(token_layers, keep_rate))

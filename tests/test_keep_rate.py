@@ -1,0 +1,101 @@
+"""`set_keep_rate`: another rate with the same weights."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from conftest import build_images, build_vit
+from trpts_peft import TRPTSConfig, estimate_cost, set_keep_rate, set_token_selection
+from trpts_peft.vit import keep_rates_in_force
+
+
+def adapted(keep_rate: float = 0.9, **options: Any) -> PeftModel:
+    config = TRPTSConfig(**{"token_layers": [1, 2], "keep_rate": keep_rate, "init_weights": False, **options})
+    torch.manual_seed(0)  # of the values
+    return get_peft_model(build_vit(), config).eval()
+
+
+@torch.no_grad()
+def predict(model: nn.Module) -> Tensor:
+    return model(build_images()).logits
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_outputs_are_those_of_an_adapter_with_that_rate(merged: bool) -> None:
+    model, other = adapted(0.9), adapted(0.5)
+    if merged:
+        model.merge_adapter()
+        other.merge_adapter()
+    assert not torch.allclose(predict(model), predict(other))
+    set_keep_rate(model, 0.5)
+    assert torch.equal(predict(model), predict(other))
+    assert keep_rates_in_force(model) == {1: 0.5, 2: 0.5}
+    assert estimate_cost(model).tokens == estimate_cost(other).tokens
+
+
+def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
+    model = adapted()
+    set_keep_rate(model, 0.5)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build_vit(), tmp_path).eval()
+    assert loaded.peft_config["default"].keep_rate == 0.5
+    assert torch.equal(predict(loaded), predict(model))
+
+
+def test_rate_one_keeps_all_tokens_and_may_be_lowered_again(tmp_path: Path) -> None:
+    model = adapted()
+    before = predict(model)
+    set_keep_rate(model, 1)
+    assert keep_rates_in_force(model) == {}
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build_vit(), tmp_path).eval()
+    set_keep_rate(loaded, 0.9)
+    assert torch.equal(predict(loaded), before)
+
+
+def test_it_is_of_the_named_adapter_alone() -> None:
+    model = adapted()
+    model.add_adapter("other", TRPTSConfig(token_layers=[2], keep_rate=0.5))
+    before = predict(model)
+    config = model.peft_config["other"]
+    set_keep_rate(model, 0.25, "other")
+    assert torch.equal(predict(model), before)
+    model.set_adapter("other")
+    assert keep_rates_in_force(model) == {2: 0.25}
+    assert (config.keep_rate, model.peft_config["other"].keep_rate) == (0.5, 0.25)  # the caller's object stays
+
+
+@pytest.mark.parametrize("rate", [0, 1.5, True, "half", float("nan")])
+def test_a_rate_out_of_range_changes_nothing(rate: Any) -> None:
+    model = adapted()
+    with pytest.raises(ValueError, match="`keep_rate` must be"):
+        set_keep_rate(model, rate)
+    assert keep_rates_in_force(model) == {1: 0.9, 2: 0.9}
+    assert model.peft_config["default"].keep_rate == 0.9
+
+
+def test_adapters_in_force_together_keep_one_rate() -> None:
+    model = adapted()
+    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="must select tokens alike"):
+        set_keep_rate(model, 0.5, "other")
+    assert keep_rates_in_force(model) == {1: 0.9, 2: 0.9}
+    assert model.peft_config["other"].keep_rate == 0.9
+    set_token_selection(model, False)
+    set_keep_rate(model, 0.5, "other")  # with all tokens they go together, whatever their rates
+    assert model.peft_config["other"].keep_rate == 0.5
+
+
+def test_an_adapter_that_selects_nowhere_has_no_rate_to_set() -> None:
+    with pytest.raises(ValueError, match=r"`adapter_name` must be of an adapter that selects tokens, got 'default'"):
+        set_keep_rate(adapted(token_layers=0), 0.5)
+    with pytest.raises(ValueError, match="`model` must hold a TR-PTS adapter"):
+        set_keep_rate(build_vit(), 0.5)

@@ -7,6 +7,7 @@ import json
 import pickle
 from dataclasses import fields
 
+import numpy as np
 import pytest
 from peft import PeftConfig, PeftType
 
@@ -110,6 +111,17 @@ def test_layer_patterns_must_make_sense(options, message):
 def test_values_at_the_edges_are_taken(options):
     config = TRPTSConfig(**options)
     assert {name: getattr(config, name) for name in options} == options
+
+
+def test_numbers_of_numpy_become_pythons(tmp_path):
+    options = {"keep_rate": 0.5, "seed": 3, "token_layers": [1, 2], "layers_to_transform": [0, 1], "train_bias": False}
+    made = {
+        name: np.asarray(value) if type(value) is list else np.asarray(value)[()] for name, value in options.items()
+    }
+    config = TRPTSConfig(**{**made, "layers_to_transform": list(made["layers_to_transform"])})
+    assert {name: getattr(config, name) for name in options} == options
+    config.save_pretrained(tmp_path)
+    assert TRPTSConfig.from_pretrained(tmp_path).token_layers == [1, 2]
 
 
 def test_defaults_are_those_of_the_design():

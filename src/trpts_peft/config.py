@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from peft import PeftConfig
 
 from .card import update_card
@@ -147,6 +148,8 @@ class TRPTSConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = TRPTS
+        for name in type(self).__annotations__:
+            setattr(self, name, _without_numpy(getattr(self, name)))
         self._check_names()
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
@@ -273,3 +276,10 @@ class TRPTSConfig(PeftConfig):
         indices: list[Any] = value if isinstance(value, list) else [None]
         if not all(_is_int(i) and i >= 0 for i in indices) or len(set(indices)) != len(indices):
             _refuse(name, "a list of distinct block indices, none below 0", value)
+
+
+def _without_numpy(value: Any) -> Any:
+    """Numbers as Python has them, as sweeps over `np.arange` may bring others, which JSON does not know."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    return type(value)(map(_without_numpy, value)) if type(value) in (list, tuple, set) else value

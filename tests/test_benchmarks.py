@@ -296,5 +296,18 @@ def test_a_bar_shows_what_its_rounds_leave_open():
     assert "| NO |" in report.bar_table({"a": open_, "b": missed})
 
 
+def test_the_bars_of_predictions_and_scores_show_what_their_rounds_leave_open():
+    mine, plain = [1.0, 2.0, 1.0, 1.0, 1.0, 1.0], [1.2, 2.8, 1.1, 1.5, 1.3, 1.25]
+    prediction = {"model": "keep rate 0.8", "compiled": False, "batch": 8, "of_ideal": 1.0, "ideal": 1.25}
+    fisher = {"fisher_to_plain": 0.8, "seconds": {"fisher": mine, "plain": plain}}
+    fisher |= {"peak_bytes": 2, "score_bytes": 1, "workspace_bytes": 1, "activation_bytes": 1}
+    results = {"settings": {"device": "cpu"}, "fisher": [fisher]}
+    results["inference"] = [{**prediction, "seconds": mine, "plain_seconds": plain}, {**prediction, "seconds": mine}]
+    scores, _, recorded, before = report.bars_of(results)
+    assert scores.interval == pytest.approx((1 / 1.5, 1 / 1.1))
+    assert recorded.interval == pytest.approx((1.1 / 1.25, 1.5 / 1.25))
+    assert before.interval is None
+
+
 def test_markdown_table():
     assert markdown_table(["a", "b"], [["x", "1"]]) == "| a | b |\n| --- | ---: |\n| x | 1 |"

@@ -12,10 +12,10 @@ from benchmarks.methods import full
 from measure import Batch, interleaved_seconds, median_ratio, peak_bytes, saved_activation_bytes
 from trpts_peft import FisherScores, estimate_fisher
 
-BATCH_SIZE, ROUNDS, WORKSPACE_MB = 8, 3, 256
+BATCH_SIZE, WORKSPACE_MB = 8, 256
 
 
-def fisher_rows(images: int, device: str) -> list[dict[str, Any]]:
+def fisher_rows(images: int, rounds: int, device: str) -> list[dict[str, Any]]:
     """One row: time over that of plain training without an optimizer, and the peak of memory with its parts."""
     model = full().to(device).eval()
     pixels = torch.randn(images, 3, 224, 224, generator=torch.Generator().manual_seed(0))
@@ -25,7 +25,7 @@ def fisher_rows(images: int, device: str) -> list[dict[str, Any]]:
         return estimate_fisher(model, samples, batch_size=BATCH_SIZE, workspace_mb=WORKSPACE_MB, progress=False)
 
     actions = {"plain": lambda: forward_and_backward(model, data, device), "fisher": lambda: fisher(data)}
-    seconds = interleaved_seconds(actions, ROUNDS)
+    seconds = interleaved_seconds(actions, rounds)
     model.zero_grad()
     scored: list[int] = []
     peak = peak_bytes(lambda: scored.extend(score.numel() for score in fisher(data[: 2 * BATCH_SIZE]).values()))

@@ -49,14 +49,18 @@ def bars_of(results: Results) -> list[Bar]:
         limit = 1.20 if results["settings"]["device"] == "cuda" else 1.35
         beyond = fisher["peak_bytes"] - fisher["score_bytes"]
         allowed = fisher["workspace_bytes"] + fisher["activation_bytes"]
-        bars.append(Bar("Fisher to plain forward and backward", fisher["fisher_to_plain"], "≤", limit))
+        interval = ratio_interval(fisher["seconds"]["fisher"], fisher["seconds"]["plain"])
+        bars.append(Bar("Fisher to plain forward and backward", fisher["fisher_to_plain"], "≤", limit, interval))
         what = "Fisher memory beyond model and scores, to workspace + activations"
         bars.append(Bar(what, beyond / allowed, "≤", 1.0))
     for row in results.get("inference", []):
         if row["model"].endswith("0.8"):
             how = "compiled" if row["compiled"] else "eager"
             what = f"prediction, keep rate 0.8, batch {row['batch']}, {how}, to ideal"
-            bars.append(Bar(what, row["of_ideal"], "≥", 0.95 if row["batch"] > 1 else 0.90))
+            # Runs of before have not recorded the plain model's seconds.
+            speedups = ratio_interval(row["plain_seconds"], row["seconds"]) if "plain_seconds" in row else None
+            interval = (speedups[0] / row["ideal"], speedups[1] / row["ideal"]) if speedups else None
+            bars.append(Bar(what, row["of_ideal"], "≥", 0.95 if row["batch"] > 1 else 0.90, interval))
     for row in results.get("switching", [])[:1]:
         reference = next(row for row in results["switching"] if row["what"] == REFERENCE)
         what = "adapter switch, to LoRA's unmerge and merge"

@@ -523,6 +523,8 @@ def test_embeddings_saved_on_request_may_come_if_they_are_the_bases(tmp_path: Pa
     key = "base_model.model.vit.embeddings.patch_embeddings.projection.bias"
     assert key in load_file(tmp_path / "adapter_model.safetensors")
     assert torch.equal(predict(PeftModel.from_pretrained(build_vit(), tmp_path).eval()), logits)
+    rounded = PeftModel.from_pretrained(build_vit().bfloat16(), tmp_path, low_cpu_mem_usage=True)
+    assert rounded.get_base_model().vit.embeddings.patch_embeddings.projection.bias.dtype == torch.bfloat16
     damaged(tmp_path, tmp_path, _fill(key, 1.0))
     with pytest.raises(ValueError, match=r"patch_embeddings.projection.bias` must be absent"):
         PeftModel.from_pretrained(build_vit(), tmp_path)

@@ -27,6 +27,7 @@ __all__ = [
     "saved_module_tensors",
     "sizes_ignored",
     "unpack_columns",
+    "without_base_tensors",
 ]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what values in a file may be
@@ -145,6 +146,21 @@ def _own_tensors(layer: TRPTSLinear, adapter_name: str) -> dict[str, Tensor]:
     return {part: container[adapter_name] for part, container in containers.items() if adapter_name in container}
 
 
+def without_base_tensors(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file but those of the base model that are as it has them.
+
+    PEFT saves embeddings, those of patches too, for who asks (`save_embedding_layers=True`).
+    """
+    suspects = [key for key in state_dict if ".trpts_" not in key and ".modules_to_save." not in key]
+    base = model.state_dict() if suspects else {}
+    equal = {key for key in suspects if key in base and _are_equal(state_dict[key], base[key])}
+    return {key: tensor for key, tensor in state_dict.items() if key not in equal}
+
+
+def _are_equal(stored: Tensor, own: Tensor) -> bool:
+    return not own.is_meta and stored.shape == own.shape and torch.equal(stored.to(own), own)
+
+
 def check_file(model: nn.Module, config: TRPTSConfig, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
     """Check the tensors of an adapter file against the model that is to take them. Nothing is changed.
 
@@ -169,7 +185,7 @@ def check_file(model: nn.Module, config: TRPTSConfig, adapter_name: str, state_d
     for key, tensor in state_dict.items():
         if key in embeddings:
             check_values(key, tensor, tensor.dtype)
-    own |= embeddings | _equal_tensors(model, state_dict, own)
+    own |= embeddings
     remedy = _remedy(model, config, adapter_name)
     _check_surplus(state_dict, {key.removeprefix(MODEL_PREFIX) for key in own}, _dropped(model, config), remedy)
 
@@ -200,17 +216,6 @@ def _remedy(model: nn.Module, config: TRPTSConfig, adapter_name: str) -> str:
     """What to do about a file that is not of this adapter, which may have been injected from the config beside it."""
     just_injected = any(adapter_name in layer.fresh for _, layer in adapted_linears(model, adapter_name))
     return _REMEDY_OF_A_FOLDER if just_injected and config.connections is not None else _REMEDY
-
-
-def _equal_tensors(model: nn.Module, state_dict: Mapping[str, Tensor], own: Collection[str]) -> set[str]:
-    """Tensors of the base model as it has them: PEFT saves its embeddings, those of patches too, for who asks."""
-    base = model.state_dict() if state_dict.keys() - own else {}
-    return {
-        key
-        for key in state_dict.keys() - own
-        if key in base and state_dict[key].shape == base[key].shape and not base[key].is_meta
-        if torch.equal(state_dict[key].to(base[key]), base[key])
-    }
 
 
 def _check_surplus(

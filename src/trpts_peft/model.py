@@ -23,6 +23,7 @@ from .checkpoint import (
     saved_module_tensors,
     trained_parameters,
     unpack_columns,
+    without_base_tensors,
 )
 from .config import TRPTSConfig
 from .data import check_loading, check_whole
@@ -342,6 +343,7 @@ class TRPTSModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        tensors = without_base_tensors(model, tensors)
         check_file(model, config, adapter_name, tensors)
         for name, layer in adapted_linears(model, adapter_name):
             key = f"{name}.trpts_columns.{adapter_name}"

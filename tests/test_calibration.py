@@ -333,7 +333,61 @@ def test_a_linear_that_does_not_predict_is_no_head(make: Any, trained: str, mess
 def test_a_head_that_rounds_predicts(dtype: torch.dtype) -> None:
     model = adapter(build_vit().to(dtype), token_layers=0)
     calibrate(model, DATA, **QUIET)
-    assert "connections" in model.peft_config["default"].to_dict()
+    assert model.base_model.model.classifier.modules_to_save["default"].weight.isfinite().all()
+
+
+def test_the_head_of_a_model_that_casts_for_itself_predicts() -> None:
+    class Casts(nn.Module):
+        main_input_name = "pixel_values"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.vit = build_vit()
+
+        def forward(self, pixel_values: Tensor) -> SequenceClassifierOutput:
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = self.vit(pixel_values).logits
+            return SequenceClassifierOutput(logits=logits.double().log_softmax(dim=1))
+
+    model = adapter(Casts(), target_modules=["fc1"], token_layers=0)
+    before = model.base_model.model.vit.classifier.modules_to_save["default"].weight.clone()
+    calibrate(model, DATA, **QUIET)
+    assert not torch.equal(model.base_model.model.vit.classifier.modules_to_save["default"].weight, before)
+
+
+def test_a_trained_linear_before_the_head_is_passed_over() -> None:
+    class Embedded(Neck):
+        def __init__(self) -> None:
+            super().__init__()
+            self.classifier = nn.Linear(3, 3)
+
+        def forward(self, pixel_values: Tensor) -> SequenceClassifierOutput:
+            tokens = self.backbone(pixel_values=pixel_values).last_hidden_state[:, 0]
+            return SequenceClassifierOutput(logits=self.classifier(self.fc(tokens).tanh()))
+
+    model = adapter(Embedded(), modules_to_save=["fc"], target_modules=["q_proj"], token_layers=0)
+    neck = model.base_model.model.fc.modules_to_save["default"].weight.clone()
+    with pytest.warns(UserWarning, match="The head 'classifier' is not trained"):
+        calibrate(model, DATA, **QUIET)
+    assert torch.equal(model.base_model.model.fc.modules_to_save["default"].weight, neck)
+
+
+@pytest.mark.parametrize("name", ["fc", "classifier"])
+def test_a_head_of_zeros_is_looked_at_too(name: str) -> None:
+    base = Neck() if name == "fc" else headed(nn.Linear(32, 3))
+    nn.init.zeros_(getattr(base, name).weight)
+    nn.init.zeros_(getattr(base, name).bias)
+    model = adapter(base, modules_to_save=[name], target_modules=["q_proj"], token_layers=0)
+    with nullcontext() if name == "classifier" else pytest.raises(ValueError, match="not what the model returns"):
+        calibrate(model, DATA, **QUIET)
+
+
+def test_a_head_that_the_model_does_not_call_is_named() -> None:
+    base = Neck()
+    base.score = nn.Linear(32, 3)
+    model = adapter(base, modules_to_save=["score"], target_modules=["q_proj"], token_layers=0)
+    with pytest.raises(ValueError, match="got score, which the model does not call"):
+        calibrate(model, DATA, **QUIET)
 
 
 class Distillation(nn.Module):
@@ -760,17 +814,20 @@ def test_inference_mode_is_refused() -> None:
         estimate_fisher(model, DATA, **QUIET)
 
 
-def with_compiled_blocks(model: PeftModel) -> PeftModel:
-    blocks = model.base_model.model.vit.layers
+def test_compiled_blocks_are_refused_unless_they_have_no_targets() -> None:
+    model = adapter(Distillation(), target_modules=["fc1"], exclude_modules=r"teacher\..*", token_layers=0)
+    model.base_model.model.teacher.vit.layers[1] = torch.compile(build_vit().vit.layers[1], backend="eager")
+    calibrate(model, DATA, probe_head=False, **QUIET)
+    blocks = model.base_model.model.student.vit.layers
     blocks[1] = torch.compile(blocks[1], backend="eager")
-    return model
+    with pytest.raises(ValueError, match=r"`model` must have no compiled blocks yet, got student.*fc1"):
+        calibrate(model, DATA, overwrite=True, probe_head=False, **QUIET)
 
 
 @pytest.mark.parametrize(
     ("wrapped", "name"),
     [
         (lambda m: torch.compile(m, backend="eager"), "OptimizedModule"),
-        (lambda m: with_compiled_blocks(adapter()), "OptimizedModule"),
         (nn.DataParallel, "DataParallel"),
         (lambda m: get_peft_model(torch.compile(build_vit(), backend="eager"), TRPTSConfig()), "OptimizedModule"),
     ],

@@ -99,6 +99,19 @@ def test_no_tokens_are_named_while_all_stay(tmp_path: Path) -> None:
     assert list(logged(train(model, tmp_path))[-1]) == [f"trpts_norm/block_{i}" for i in range(4)]
 
 
+def test_of_two_vits_the_norms_alone_are_logged(tmp_path: Path) -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.student, self.teacher = build_vit(), build_vit()
+
+        def forward(self, pixel_values: Any, labels: Any = None) -> Any:
+            return self.student(pixel_values, labels=labels)
+
+    trainer = train(adapter(Pair(), target_modules=r"student\..*fc1", modules_to_save=None), tmp_path)
+    assert {key.partition("/")[0] for key in logged(trainer)[-1]} == {"trpts_norm"}
+
+
 def test_values_of_16_bits_are_summed_in_32(tmp_path: Path) -> None:
     model = adapter(build_vit().to(torch.bfloat16))
     for name, parameter in model.named_parameters():

@@ -261,6 +261,26 @@ def test_of_two_vits_nothing_tells_what_they_cost_together() -> None:
     assert estimate_cost(pair["student"]).tokens == estimate_cost(build_vit()).tokens
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_blocks_that_a_module_of_another_kind_holds_are_one_vit(named: bool) -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            vit = build_vit().vit
+            self.embeddings, blocks = vit.embeddings, list(vit.layers)
+            if named:
+                self.block0, self.block1, self.block2, self.block3 = blocks
+            else:
+                self.lower, self.upper = nn.ModuleList(blocks[:2]), nn.ModuleList(blocks[2:])
+
+    assert estimate_cost(Halves()).tokens == (65,) * 4
+
+
+def test_a_vit_beside_one_of_another_family_is_a_second_one() -> None:
+    with pytest.raises(ValueError, match="with 2,"):
+        estimate_cost(nn.ModuleList([build_vit(), build_vit("dinov2")]))
+
+
 def test_the_summary_is_readable() -> None:
     cost = estimate_cost(get_peft_model(build_vit(), trpts()))
     lines = str(cost).splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,19 @@ def test_outputs_are_those_of_an_adapter_with_that_rate(merged: bool) -> None:
     assert torch.equal(predict(model), predict(other))
     assert keep_rates_in_force(model) == {1: 0.5, 2: 0.5}
     assert estimate_cost(model).tokens == estimate_cost(other).tokens
+
+
+@pytest.mark.parametrize("wrap", [partial(torch.compile, backend="eager"), nn.DataParallel])
+def test_what_is_wrapped_around_the_model_follows(wrap: Any, tmp_path: Path) -> None:
+    model, other = adapted(0.9), adapted(0.5)
+    wrapped = wrap(model)
+    before = predict(wrapped)
+    with torch.inference_mode():
+        set_keep_rate(wrapped, 0.5)
+    assert not torch.allclose(predict(wrapped), before)
+    torch.testing.assert_close(predict(wrapped), predict(other))
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "default")
 
 
 def test_it_is_saved_and_loaded(tmp_path: Path) -> None:

@@ -538,7 +538,20 @@ def test_an_adapter_added_beside_a_merged_one_starts_from_the_base_weights() -> 
 
 @pytest.mark.parametrize(
     "name",
-    ["copy", "values", "training", "v1.0", "trpts_values", "0", "vit", "fc1", "weight", "classifier", "model"],
+    [
+        "copy",
+        "values",
+        "training",
+        "v1.0",
+        "trpts_values",
+        "trpts_keep_ppm",
+        "0",
+        "vit",
+        "fc1",
+        "weight",
+        "classifier",
+        "model",
+    ],
 )
 def test_a_name_that_other_tensors_have_is_refused(name: str) -> None:
     model = adapter()

@@ -94,8 +94,11 @@ class Start:
         if self._probe is None:
             with _unseeded():
                 base = self.base(probed_head=False)
-                head, batches = find_head(base, "default"), Batches(self.pixels, base, num_samples=None, batch_size=32)
-                features, labels = collect_features(base, batches, head, progress=False)
+                heads, batches = (
+                    [find_head(base, "default")],
+                    Batches(self.pixels, base, num_samples=None, batch_size=32),
+                )
+                head, features, labels = collect_features(base, batches, heads, progress=False)
                 bias = head.linear.bias is not None
                 self._probe = fit_linear_probe(features, labels, num_labels(head), fit_bias=bias)
         return self._probe

@@ -7,7 +7,6 @@ from torch import nn
 
 from .config import TRPTSConfig
 from .layer import TRPTSLinear
-from .measurement import bare_base
 
 __all__ = ["find_adapter"]
 
@@ -22,7 +21,7 @@ def find_adapter(model: nn.Module, adapter_name: str | None) -> tuple[nn.Module,
     Raises:
         ValueError: there is no such adapter, or none is the active one.
     """
-    base = bare_base(model)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     configs = getattr(model, "peft_config", None)
     inner = next((name for name, module in model.named_modules() if name and isinstance(module, PeftModel)), None)
     if configs is None and inner is not None:

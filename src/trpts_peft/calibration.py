@@ -19,11 +19,12 @@ from .config import TRPTSConfig
 from .data import Batches, check_whole, of_first_process, processes
 from .families import find_family
 from .fisher import FisherScores, LossFn
-from .head import Head, find_head, num_labels
+from .head import Head, find_heads, num_labels
 from .layer import TRPTSLinear
 from .measurement import (
     LABELS,
     SCORES,
+    bare_base,
     check_labels,
     check_words,
     check_workspace,
@@ -77,7 +78,7 @@ def calibrate(
     """
     check_words(labels=(labels, LABELS))
     check_workspace(workspace_mb)
-    base, name, config = find_adapter(model, adapter_name)
+    base, name, config = _bare_adapter(model, adapter_name)
     linears = _checked_linears(base, config, name, scores, overwrite)
     measures = scores is None and config.importance in SCORES
     batches = _batches(base, data, num_samples, batch_size, accelerator) if measures or probe_head else None
@@ -101,6 +102,11 @@ def _batches(base: nn.Module, data: Any, num_samples: int | None, batch_size: in
         )
     rank, world = processes(accelerator)
     return Batches(data, base, num_samples=num_samples, batch_size=batch_size, rank=rank, world=world)
+
+
+def _bare_adapter(model: nn.Module, adapter_name: str | None) -> tuple[nn.Module, str, TRPTSConfig]:
+    bare_base(model)
+    return find_adapter(model, adapter_name)
 
 
 def _check_calibratable(base: nn.Module, config: TRPTSConfig, adapter_name: str, overwrite: bool) -> None:
@@ -179,8 +185,7 @@ class _FittedHead(NamedTuple):
 
 def _fit_head(base: nn.Module, batches: Batches, adapter_name: str, progress: bool) -> _FittedHead:
     """Fit the head on the frozen features of all processes' samples; every process gets the same one."""
-    head = find_head(base, adapter_name)
-    features, labels = collect_features(base, batches, head, progress, adapter_name)
+    head, features, labels = collect_features(base, batches, find_heads(base, adapter_name), progress, adapter_name)
     check_labels(labels, num_labels(head))
     if not bool(features.isfinite().all()):
         raise ValueError(

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .cost import geometry_of, tokens_per_block
-from .families import find_blocks
+from .families import count_vits, find_blocks
 from .layer import TRPTSLinear
 from .vit import keep_rates_in_force
 
@@ -94,9 +94,9 @@ def _updates(model: nn.Module) -> Iterator[tuple[TRPTSLinear, Tensor]]:
 
 
 def _tokens_kept(model: nn.Module) -> dict[str, float]:
-    """The share of the image tokens that leave each block that selects."""
+    """The share of the image tokens that leave each block that selects, in a model that is one ViT."""
     rates = keep_rates_in_force(model)
-    if not rates:
+    if not rates or count_vits(model) != 1:
         return {}
     geometry = geometry_of(model)
     counts = tokens_per_block(geometry, rates)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .config import TRPTSConfig
 from .layer import TRPTSLinear
-from .tuner_layer import MODEL_PREFIX
+from .tuner_layer import COMPILER, MODEL_PREFIX
 from .vit import AdapterTokenSelection, in_millionths
 
 __all__ = [
@@ -36,14 +36,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what v
 _RTOL, _ATOL = 2.0**-7, 2.0**-24
 _MOST_UINT16_INPUTS = 65_536
 _ignores_sizes = ContextVar("ignore_mismatched_sizes", default=False)
-_REMEDY = (
-    "calibrate this model on the same data first, or load the file with "
-    "`PeftModel.from_pretrained(model, path, is_trainable=True)`"
-)
-_REMEDY_OF_A_FOLDER = (
-    "the tensors were saved with another `adapter_config.json`, so restore that; `trpts_peft.set_keep_rate` gives a "
-    "loaded adapter another rate"
-)
+_LOAD = "load the file with `PeftModel.from_pretrained(model, path, is_trainable=True)`"
+_REMEDY = f"calibrate this model on the same data first, or {_LOAD}"
 
 
 @contextmanager
@@ -122,15 +116,13 @@ def _check_fingerprint(name: str, fingerprint: Tensor, layer: TRPTSLinear) -> No
         )
 
 
-def _check_linear(
-    name: str, layer: TRPTSLinear, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], remedy: str
-) -> None:
+def _check_linear(name: str, layer: TRPTSLinear, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     for part, own in expected.items():
         key = f"{name}.{part}"
         if part not in tensors:
-            _refuse(key, "in the file", "a file without it", remedy)
+            _refuse(key, "in the file", "a file without it", _REMEDY)
         if tensors[part].shape != own.shape:
-            _refuse(key, f"of shape {tuple(own.shape)}", tuple(tensors[part].shape), remedy)
+            _refuse(key, f"of shape {tuple(own.shape)}", tuple(tensors[part].shape), _REMEDY)
     check_columns(f"{name}.trpts_columns", tensors["trpts_columns"], layer.in_features)
     check_floats(f"{name}.trpts_fingerprint", tensors["trpts_fingerprint"])
     for part in ("trpts_values", "trpts_bias"):
@@ -186,8 +178,7 @@ def check_file(model: nn.Module, config: TRPTSConfig, adapter_name: str, state_d
         if key in embeddings:
             check_values(key, tensor, tensor.dtype)
     own |= embeddings
-    remedy = _remedy(model, config, adapter_name)
-    _check_surplus(state_dict, {key.removeprefix(MODEL_PREFIX) for key in own}, _dropped(model, config), remedy)
+    _check_surplus(state_dict, {key.removeprefix(MODEL_PREFIX) for key in own}, _dropped(model, config))
 
 
 def check_state_dict(
@@ -198,35 +189,42 @@ def check_state_dict(
     Raises:
         ValueError: something is missing, of another shape, out of range, not finite, or made for another base.
     """
-    remedy = _remedy(model, config, adapter_name)
-    _check_token_layers(model, adapter_name, state_dict, remedy)
+    _check_token_layers(model, config, adapter_name, state_dict)
     _check_linears(model, config, adapter_name)
     for name, layer in adapted_linears(model, adapter_name):
         if layer.merged:
             _refuse(name, "unmerged while a file is loaded", "a merged one", "call `unmerge_adapter()` first")
         keys = {part: f"{name}.{part}.{adapter_name}" for part in _PARTS}
         tensors = {part: state_dict[key] for part, key in keys.items() if key in state_dict}
-        _check_linear(name, layer, tensors, _own_tensors(layer, adapter_name), remedy)
+        _check_linear(name, layer, tensors, _own_tensors(layer, adapter_name))
         if config.connections is not None and not config.allow_other_base:
             _check_fingerprint(f"{name}.trpts_fingerprint", tensors["trpts_fingerprint"], layer)
     _check_saved_modules(model, config, adapter_name, state_dict)
 
 
-def _remedy(model: nn.Module, config: TRPTSConfig, adapter_name: str) -> str:
-    """What to do about a file that is not of this adapter, which may have been injected from the config beside it."""
-    just_injected = any(adapter_name in layer.fresh for _, layer in adapted_linears(model, adapter_name))
-    return _REMEDY_OF_A_FOLDER if just_injected and config.connections is not None else _REMEDY
+def _remedy_of_rates(
+    model: nn.Module, config: TRPTSConfig, adapter_name: str, stored: Mapping[str, int], own: Mapping[str, int]
+) -> str:
+    """What to do where the tensors select tokens in other blocks, or at another rate, than the adapter."""
+    if config.connections is None:
+        return _REMEDY
+    if any(adapter_name in layer.fresh for _, layer in adapted_linears(model, adapter_name)):
+        return (
+            "the tensors were saved with another `adapter_config.json`: restore that, and call "
+            "`trpts_peft.set_keep_rate` once the adapter is loaded"
+        )
+    rates = set(stored.values())
+    if stored.keys() == own.keys() and len(rates) == 1:
+        return f"call `trpts_peft.set_keep_rate(model, {rates.pop() / 1e6:g})` first, or {_LOAD}"
+    return _REMEDY
 
 
-def _check_surplus(
-    state_dict: Mapping[str, Tensor], own: Collection[str], dropped: tuple[str, ...], remedy: str
-) -> None:
+def _check_surplus(state_dict: Mapping[str, Tensor], own: Collection[str], dropped: tuple[str, ...]) -> None:
     names = sorted(key.removeprefix(MODEL_PREFIX) for key in state_dict)
     surplus = [name for name in names if name not in own and not name.startswith(dropped)]
     if surplus:
         of_its_kind = surplus[0].rpartition(".")[2] in _PARTS  # a file of other settings, perhaps to resume from
-        if not of_its_kind:
-            remedy = "the file is damaged or was made for another model"
+        remedy = _REMEDY if of_its_kind else "the file is damaged or was made for another model"
         _refuse(surplus[0], "absent, since this adapter has none", f"{len(surplus)} such tensors", remedy)
 
 
@@ -259,7 +257,8 @@ def _dropped(model: nn.Module, config: TRPTSConfig) -> tuple[str, ...]:
 def _check_linears(model: nn.Module, config: TRPTSConfig, adapter_name: str) -> None:
     if config.connections is None:
         return
-    adapted = {name.removeprefix(MODEL_PREFIX) for name, _ in adapted_linears(model, adapter_name)}
+    names = (name.removeprefix(MODEL_PREFIX) for name, _ in adapted_linears(model, adapter_name))
+    adapted = {name.replace(COMPILER, "") for name in names}  # the config is of the model without a compiler
     if difference := sorted(adapted ^ set(config.connections)):
         broken = "its `adapter_config.json` is damaged or was made for another model"
         _refuse("connections", "of exactly the adapted linears", f"a difference in {difference[:4]}", broken)
@@ -289,16 +288,19 @@ def check_config(model: nn.Module, config: TRPTSConfig, adapter_name: str) -> No
             )
 
 
-def _check_token_layers(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor], remedy: str) -> None:
+def _check_token_layers(
+    model: nn.Module, config: TRPTSConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
+) -> None:
     endings = (f".trpts_keep_ppm.{adapter_name}", ".trpts_keep_ppm")
     tensors = {key: value for key, value in state_dict.items() if key.endswith(endings)}
     for key, value in tensors.items():
         if value.dim() > 0 or value.dtype not in (torch.int64, torch.int32):
             _refuse(key, "a whole number", f"{tuple(value.shape)} of {value.dtype}", "the file is damaged")
     stored, own = {key: int(value) for key, value in tensors.items()}, _keep_rates(model, adapter_name)
-    if {key.removeprefix(MODEL_PREFIX): value for key, value in stored.items()} != {
-        key.removeprefix(MODEL_PREFIX): value for key, value in own.items()
-    }:
+    stored = {key.removeprefix(MODEL_PREFIX): value for key, value in stored.items()}
+    own = {key.removeprefix(MODEL_PREFIX): value for key, value in own.items()}
+    if stored != own:
+        remedy = _remedy_of_rates(model, config, adapter_name, stored, own)
         _refuse("token layers", f"those of this adapter, {_read(own)}", _read(stored), remedy)
 
 

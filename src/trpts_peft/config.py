@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -148,8 +148,8 @@ class TRPTSConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = TRPTS
-        for name in type(self).__annotations__:
-            setattr(self, name, _without_numpy(getattr(self, name)))
+        for option in fields(self):
+            setattr(self, option.name, _without_numpy(getattr(self, option.name)))
         self._check_names()
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):

@@ -111,13 +111,11 @@ def check_whole(model: nn.Module) -> None:
 
 
 def check_bare(model: nn.Module) -> None:
-    """Refuse what wraps a model or its parts: names within, which a config and scores hold, are none of the model."""
-    compiled = next((module for module in model.modules() if is_compiled_module(module)), None)
-    wrapper = model if isinstance(model, (DataParallel, DistributedDataParallel)) else compiled
-    if wrapper is not None:
+    """Refuse what wraps a model: names within it, which a config and scores hold, are no names of the model."""
+    if is_compiled_module(model) or isinstance(model, (DataParallel, DistributedDataParallel)):
         raise ValueError(
-            f"`model` must be the model itself, got {type(wrapper).__name__} around it or a part of it: calibrate or "
-            "measure before `torch.compile`, `Accelerator.prepare` and DDP."
+            f"`model` must be the model itself, got {type(model).__name__} around it: calibrate or measure before "
+            "`torch.compile`, `Accelerator.prepare` and DDP."
         )
 
 

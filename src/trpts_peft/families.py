@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.models.deit import modeling_deit
 from transformers.models.dinov2 import modeling_dinov2
 from transformers.models.dinov2_with_registers import modeling_dinov2_with_registers
@@ -167,8 +168,15 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def count_vits(model: nn.Module) -> int:
-    """How many supported ViTs `model` holds: a teacher beside its student is a second one."""
-    return len({re.sub(r"\.\d+(\.[^.\d]*)?$", "", name) for name, _ in find_blocks(model)})
+    """How many supported ViTs `model` holds: models of transformers with such blocks of their own, or one around all.
+
+    A teacher beside its student is a second one; blocks that a module of another kind holds make one ViT together.
+    """
+    kinds = tuple(family.layer_class for family in FAMILIES)
+    modules = dict(model.named_modules())
+    models = [f"{name}." if name else "" for name, module in modules.items() if isinstance(module, PreTrainedModel)]
+    blocks = [name for name, module in modules.items() if isinstance(module, kinds)]
+    return len({max((outer for outer in models if name.startswith(outer)), key=len, default="") for name in blocks})
 
 
 def num_prefix_tokens(model: nn.Module) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,9 +13,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-__all__ = ["Head", "find_head", "head_names"]
+__all__ = ["Head", "check_head", "find_head", "find_heads", "head_names"]
 
 _NAMES = ("classifier", "score", "head", "fc")
+_HOST: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults
+_ROUNDING = 0.05  # of the largest entry: that of bfloat16, in which a model may compute its head, and then some
 
 
 @dataclass(frozen=True)
@@ -47,30 +49,31 @@ class Head:
         finally:
             handle.remove()
 
-    def check_prediction(self, features: Tensor, prediction: Tensor, outputs: Any) -> None:
-        """Refuse a head in whose place another linear would not predict: a probe there would say nothing of the model.
+    def flaw(self, predict: Callable[[], Any]) -> str:
+        """Why a linear in its place would not predict, or "": what a probe reaches would say nothing of the model.
 
         Args:
-            features: its input (B, features).
-            prediction: its output.
-            outputs: what the model returned; looked at if a tensor, or if there are `logits`.
-
-        Raises:
-            ValueError: its weight is computed at each call, it is no plain linear, or what it gives are not the logits.
+            predict: runs the model and gives what it returns, of which `logits` are looked at, where there are any.
         """
-        logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
-        if "weight" not in self.linear._parameters:
-            got = "whose weight is computed from others at each call"
-        elif not _are_close(prediction, F.linear(features, self.linear.weight, self.linear.bias)):
-            got = "which does more than to multiply and add"
-        elif isinstance(logits, Tensor) and not _are_close(prediction, logits):
-            got = "whose output is not what the model returns"
-        else:
-            return
-        raise ValueError(
-            f"`probe_head` must be False for a model whose logits do not come from a plain linear, got {self.name}, "
-            f"{got}: train the head first, since the scores are measured through it as it is."
-        )
+        calls: list[tuple[Tensor, Tensor]] = []
+        with self.capture(calls):
+            predict()
+        if not calls:
+            return "which the model does not call"
+        seen, prediction = calls.pop()
+        features = seen.to(copy=True, **_HOST)  # of a ViT it is a view of all tokens
+        del seen
+        if self.trainable and "weight" not in self.linear._parameters:  # so that nothing can be written there
+            return "whose weight is computed from others at each call"
+        if self.trainable and not _are_close(prediction, _product(features, self.linear.weight, self.linear.bias)):
+            return "which does more than to multiply and add"
+        drawn = torch.randn(num_labels(self), features.shape[-1], generator=torch.Generator().manual_seed(0), **_HOST)
+        drawn /= features.norm(dim=-1).mean().item() or 1.0
+        with self.replaced(drawn, None):
+            logits = getattr(predict(), "logits", None)
+        if isinstance(logits, Tensor) and not _are_close(_normalized(logits), _normalized(_product(features, drawn))):
+            return "whose output is not what the model returns"
+        return ""
 
     @contextmanager
     def replaced(self, weight: Tensor, bias: Tensor | None) -> Iterator[None]:
@@ -95,10 +98,10 @@ class Head:
         self.linear.zero_grad()
 
 
-def find_head(model: nn.Module, adapter_name: str) -> Head:
-    """The head of a classification model, as far as its name tells.
+def find_heads(model: nn.Module, adapter_name: str) -> list[Head]:
+    """What may be the head of a classification model, as far as its name tells, the likeliest first.
 
-    Of several it is one that the adapter trains, of those the outermost, and of those the last.
+    Those that the adapter trains come first, then those further out, then those behind others.
 
     Raises:
         ValueError: there is none, or it is itself a target of the adapter.
@@ -111,13 +114,31 @@ def find_head(model: nn.Module, adapter_name: str) -> Head:
             f"`probe_head` must be False for a model without a linear head named {', '.join(_NAMES)}, got True for "
             f"{type(model).__name__}."
         )
-    head = min(found, key=lambda head: (not head.trainable, head.name.count(".")))
-    if isinstance(head.module, BaseTunerLayer):
+    found.sort(key=lambda head: (not head.trainable, head.name.count(".")))
+    if isinstance(found[0].module, BaseTunerLayer):
         raise ValueError(
-            f"`probe_head` must be False where the head is a target of the adapter, got True with {head.name} among "
-            "its targets: move it to `modules_to_save`, or put it in `exclude_modules`."
+            f"`probe_head` must be False where the head is a target of the adapter, got True with {found[0].name} "
+            "among its targets: move it to `modules_to_save`, or put it in `exclude_modules`."
         )
-    return head
+    return [head for head in found if not isinstance(head.module, BaseTunerLayer)]
+
+
+def find_head(model: nn.Module, adapter_name: str) -> Head:
+    """The likeliest of `find_heads`."""
+    return find_heads(model, adapter_name)[0]
+
+
+def check_head(heads: Sequence[Head], predict: Callable[[], Any]) -> int:
+    """The place of the first of these that predicts; a ValueError, about the likeliest, where none does."""
+    flaws = []
+    for place, head in enumerate(heads):
+        flaws.append(head.flaw(predict))
+        if not flaws[-1]:
+            return place
+    raise ValueError(
+        f"`probe_head` must be False for a model whose logits do not come from a plain linear, got {heads[0].name}, "
+        f"{flaws[0]}: train the head first, since the scores are measured through it as it is."
+    )
 
 
 def _head_at(name: str, module: nn.Module, adapter_name: str, own: set[nn.Module]) -> Head | None:
@@ -129,12 +150,30 @@ def _head_at(name: str, module: nn.Module, adapter_name: str, own: set[nn.Module
     return Head(name, module, linear, linear in own) if isinstance(linear, nn.Linear) else None
 
 
-def _are_close(one: Tensor, other: Tensor) -> bool:
-    """Equal but for rounding, which a model may do once more; what is not finite is somebody else's to refuse."""
-    one, other = one.float(), other.float()
-    if not bool(other.isfinite().all()):
+def _product(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """What a plain linear gives, in 32 bits on the CPU; None where its weight is elsewhere now, offloaded."""
+    if weight.is_meta:
+        return None
+    return F.linear(_host(features), _host(weight), None if bias is None else _host(bias))
+
+
+def _host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32)
+
+
+def _normalized(logits: Tensor | None) -> Tensor | None:
+    """Logits that a softmax does not tell from others are equal; those of a single class are as they are."""
+    return logits if logits is None or logits.shape[-1] == 1 else _host(logits).log_softmax(dim=-1)
+
+
+def _are_close(one: Tensor | None, other: Tensor | None) -> bool:
+    """Equal but for the rounding of 16 bits; what is not there, or not finite, is somebody else's to refuse."""
+    if one is None or other is None:
         return True
-    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-2, atol=1e-2 * float(other.abs().max()))
+    one, other = _host(one), _host(other)
+    if not bool(one.isfinite().all() and other.isfinite().all()):
+        return True
+    return one.shape == other.shape and bool((one - other).abs().max() <= _ROUNDING * other.abs().max())
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:

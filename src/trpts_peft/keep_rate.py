@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from .adapters import find_adapter
@@ -19,7 +21,7 @@ def set_keep_rate(model: nn.Module, keep_rate: float, adapter_name: str | None =
     `config.keep_rate` changes nothing before `calibrate`, which would start the adapter anew.
 
     Args:
-        model: a PeftModel with a TR-PTS adapter, or a model that one was injected into.
+        model: a PeftModel with a TR-PTS adapter, or a model that one was injected into; compiled or data parallel, too.
         keep_rate: share of the tokens that stay, in (0, 1].
         adapter_name: the adapter; None: the active one.
 
@@ -27,6 +29,7 @@ def set_keep_rate(model: nn.Module, keep_rate: float, adapter_name: str | None =
         ValueError: the rate is out of its range, the adapter selects tokens in no block, or it is in force together
             with another one, which would keep more or fewer. Nothing is changed.
     """
+    model = extract_model_from_parallel(model, keep_torch_compile=False)  # a compiled one follows
     _, name, config = find_adapter(model, adapter_name)
     config.keep_rate = keep_rate
     config = config.checked()
@@ -37,13 +40,14 @@ def set_keep_rate(model: nn.Module, keep_rate: float, adapter_name: str | None =
             "`calibrate` it, or give it a list as `token_layers`."
         )
     before = [selection.own_rate(name) for selection in selections]
-    try:
-        for selection in selections:
-            selection.set_rate(name, config.keep_rate)
-            if selection.enabled:
-                selection.rate_of(selection.merged_adapters or selection.active_adapters)
-    except ValueError:
-        for selection, rate in zip(selections, before, strict=True):
-            selection.set_rate(name, rate)
-        raise
+    with torch.inference_mode(False):  # a loader may write to the records later
+        try:
+            for selection in selections:
+                selection.set_rate(name, config.keep_rate)
+                if selection.enabled:
+                    selection.rate_of(selection.merged_adapters or selection.active_adapters)
+        except ValueError:
+            for selection, rate in zip(selections, before, strict=True):
+                selection.set_rate(name, rate)
+            raise
     cast(Any, model).peft_config[name] = config

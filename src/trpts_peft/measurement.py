@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from .config import TRPTSConfig
 from .data import Batches, check_bare, check_whole, processes, sum_of_processes
 from .families import find_family, is_of_family
 from .fisher import FisherCollector, FisherScores, LossFn, eval_mode, logits_of, per_sample_cross_entropy
-from .head import Head
+from .head import Head, check_head
 from .layer import TRPTSLinear
+from .tuner_layer import COMPILER
 from .vit import token_selections
 
 __all__ = ["bare_base", "base_weights", "collect_features", "estimate_fisher", "measure", "targeted_linears"]
@@ -84,12 +86,21 @@ def targeted_linears(base: nn.Module, config: Any, adapter_name: str | None) -> 
             continue
         mine = isinstance(module, TRPTSLinear) and str(adapter_name) in module.trpts_values
         if mine if adapter_name is not None else bool(check_target_module_exists(config, name)):
+            _check_not_compiled(name)
             linears[name] = linear
     if not linears:
         raise ValueError(
             f"`target_modules` must match at least one nn.Linear of the model, got {config.target_modules!r}."
         )
     return linears
+
+
+def _check_not_compiled(name: str) -> None:
+    if COMPILER in name:
+        raise ValueError(
+            f"`model` must have no compiled blocks yet, got {name}, by which no adapter could be loaded: calibrate or "
+            "measure before `torch.compile`, or compile in place, by `block.compile()`."
+        )
 
 
 def bare_base(model: nn.Module) -> nn.Module:
@@ -255,33 +266,35 @@ def _linears_to_score(base: nn.Module, target_modules: list[str] | str | None) -
     return targeted_linears(base, TRPTSConfig(target_modules=target_modules), None)
 
 
-def _features(base: nn.Module, batch: Mapping[str, Any], head: Head, *, is_first: bool) -> Tensor:
-    """What the head sees of a batch, on the CPU; looks once whether it is the head that predicts."""
+def _features(base: nn.Module, batch: Mapping[str, Any], head: Head) -> Tensor:
+    """What the head sees of a batch, on the CPU."""
     calls: list[tuple[Tensor, Tensor]] = []
     with head.capture(calls):
-        outputs = base(**batch)
-    features, prediction = calls.pop()
-    if is_first:
-        head.check_prediction(features, prediction, outputs)
-    return features.to("cpu", copy=True)  # of a ViT it is a view of all tokens
+        base(**batch)
+    return calls.pop()[0].to("cpu", copy=True)  # of a ViT it is a view of all tokens
 
 
 def collect_features(
-    base: nn.Module, batches: Batches, head: Head, progress: bool, adapter_name: str | None = None
-) -> tuple[Tensor, Tensor]:
-    """float64 (n, features) and labels (n,), in the order of the data whatever the number of processes."""
-    mine: list[tuple[int, Tensor, Tensor]] = []
+    base: nn.Module, batches: Batches, heads: Sequence[Head], progress: bool, adapter_name: str | None = None
+) -> tuple[Head, Tensor, Tensor]:
+    """The head among `heads` that predicts, and what it sees: float64 (n, features) and labels (n,).
+
+    In the order of the data, whatever the number of processes.
+    """
+    mine: list[tuple[int, Tensor, Tensor, int]] = []
     with torch.no_grad(), eval_mode(base), base_weights(base, adapter_name):
         for k, batch in enumerate(batches.iterate("Features", progress)):
             labels = batch.pop("labels")
-            features = _features(base, batch, head, is_first=not mine)
+            place = mine[0][3] if mine else check_head(heads, partial(base, **batch))
+            features = _features(base, batch, heads[place])
             _check_kind_of_labels(labels)
             if features.dim() != 2 or len(features) != len(labels):
                 shapes = f"{tuple(features.shape)} with labels {tuple(labels.shape)}"
                 raise ValueError(f"`probe_head` must be False where the head does not see (B, features), got {shapes}.")
-            mine.append((k * batches.world + batches.rank, features, labels.cpu()))
+            mine.append((k * batches.world + batches.rank, features, labels.cpu(), place))
     parts = gather_object(mine) if batches.world > 1 else mine
     if not parts:
         raise ValueError("`data` must hold at least one sample, got none.")
     parts = sorted(parts, key=lambda part: part[0])
-    return torch.cat([part[1] for part in parts]).double(), torch.cat([part[2] for part in parts])
+    features, labels = torch.cat([part[1] for part in parts]), torch.cat([part[2] for part in parts])
+    return heads[parts[0][3]], features.double(), labels

@@ -33,7 +33,7 @@ from .merging import base_parameter
 from .sparse_linear import digest
 from .targets import check_adapter_name, check_called, check_target
 from .token_layers import check_saved_modules, check_token_layers
-from .tuner_layer import PREFIX, TRPTSLayer
+from .tuner_layer import COMPILER, PREFIX, TRPTSLayer
 from .vit import (
     AdapterTokenSelection,
     adapter_selections,
@@ -335,8 +335,13 @@ class TRPTSModel(BaseTuner):
                     f"`state_dict` must hold {key}, got none of that name: a wrapper has renamed the module, as FSDP's "
                     "activation checkpointing does; use `gradient_checkpointing=True` of `TrainingArguments` instead."
                 )
-        # A file is of the model itself, with or without a compiler around its blocks.
-        return {key.replace("_orig_mod.", ""): tensor for key, tensor in tensors.items()}
+        return tensors
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """As in the file, which is of the model itself, with or without a compiler around its blocks."""
+        named: str = super()._remove_adapter_name_from_key(key, adapter_name)
+        return named.replace(COMPILER, "")
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -417,11 +422,9 @@ def _merged_with(layers: list[Any], adapter_names: list[str]) -> list[str]:
     return list(dict.fromkeys([*merged, *adapter_names]))
 
 
-def _copies(model: nn.Module, adapter_names: list[str]) -> Iterator[tuple[str, Any, list[str]]]:
-    """Name, wrapper and, of these adapters, those with a copy of their own, for each module that is trained whole."""
-    for name, module in model.named_modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            yield name, module, [adapter for adapter in adapter_names if adapter in module.modules_to_save]
+def _holders(wrapper: Any, adapter_names: list[str]) -> list[str]:
+    """Those of the adapters that train a copy of the wrapped module."""
+    return [adapter for adapter in adapter_names if adapter in wrapper.modules_to_save]
 
 
 def _take_copies_of(model: nn.Module, adapter_names: list[str]) -> None:
@@ -430,25 +433,31 @@ def _take_copies_of(model: nn.Module, adapter_names: list[str]) -> None:
     Raises:
         ValueError: two of the adapters train the same one. Nothing is changed.
     """
-    copies = list(_copies(model, adapter_names))
-    for name, _, holders in copies:
-        if len(holders) > 1:
+    wrappers = _find(model, (ModulesToSaveWrapper,))
+    for wrapper in wrappers:
+        if len(holders := _holders(wrapper, adapter_names)) > 1:
             raise ValueError(
-                f"`adapter_names` must name one adapter that trains {name} whole, got {holders}: merge one of them, or "
-                "their sum, by `add_weighted_adapter`."
+                f"`adapter_names` must name one adapter that trains {_name_of(model, wrapper)} whole, merged ones "
+                f"included, got {holders}: merge one of them, after `unmerge_adapter()`, or their weighted sum."
             )
-    for _, wrapper, holders in copies:
-        wrapper._active_adapter = holders[0] if holders else []
+    for wrapper in wrappers:
+        wrapper._active_adapter = next(iter(_holders(wrapper, adapter_names)), [])
 
 
 def _warn_of_other_copies(model: nn.Module, adapter_names: list[str]) -> None:
-    others = [name for name, wrapper, holders in _copies(model, adapter_names) if holders != wrapper.active_adapters]
+    wrappers = _find(model, (ModulesToSaveWrapper,))
+    others = [wrapper for wrapper in wrappers if _holders(wrapper, adapter_names) != wrapper.active_adapters]
     if others:
         logger.warning(
             "Adapters %s are merged, but %s stays that of the active one: only `set_adapter` changes it.",
             adapter_names,
-            others[0],
+            _name_of(model, others[0]),
         )
+
+
+def _name_of(model: nn.Module, module: nn.Module) -> str:
+    name: str = next(name for name, other in model.named_modules() if other is module)
+    return name
 
 
 def _check_entries(layers: list[Any], adapter_names: list[str]) -> None:

@@ -10,13 +10,15 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .config import TRPTSConfig
+from .layer import TRPTSLinear
 
 __all__ = ["check_adapter_name", "check_called", "check_target"]
 
 logger = logging.getLogger(__name__)
 
 # Parts of the names of tensors that PEFT, and the layers of this package, put around an adapter's.
-_RESERVED = frozenset({"base_model", "model", "base_layer", "original_module", "modules_to_save", "token_selection"})
+_RESERVED = {"base_model", "model", "base_layer", "original_module", "modules_to_save", "token_selection"}
+_RESERVED |= {*TRPTSLinear.adapter_layer_names, *TRPTSLinear.other_param_names, "trpts_keep_ppm"}
 
 
 def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
@@ -29,22 +31,33 @@ def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
         model: the base model, perhaps with adapters.
         adapter_name: the name.
     """
-    wrapped = tuple(
-        f"{n}." for n, m in model.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))
-    )
-    names = [*(name for name, _ in model.named_parameters()), *(name for name, _ in model.named_buffers())]
-    parts = {part for name in names if not name.startswith(wrapped) for part in name.split(".")}
-    parts |= {part for prefix in wrapped for part in prefix.split(".")} | _RESERVED
-    if "." in adapter_name or hasattr(nn.ParameterDict(), adapter_name) or adapter_name.startswith("trpts_"):
+    if "." in adapter_name or hasattr(nn.ParameterDict(), adapter_name):
         raise ValueError(
-            "`adapter_name` must have no dot, begin with no 'trpts_', and be no name that torch's containers use, "
+            "`adapter_name` must have no dot, and be no name that torch's containers use, "
             f"got {adapter_name!r}: choose another."
         )
-    if adapter_name in parts:
+    if adapter_name in _RESERVED | _parts_of_names(model):
         raise ValueError(
             "`adapter_name` must be no part of the names of the model's tensors, where PEFT looks for it, got "
-            f"{adapter_name!r}: choose another."
+            f"{adapter_name!r}: pass another one."
         )
+
+
+def _parts_of_names(model: nn.Module) -> set[str]:
+    """What stands between the dots in the names of the model's tensors, but for names of adapters."""
+    wrappers = {n: m for n, m in model.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))}
+    adapters = {adapter for wrapper in wrappers.values() for adapter in _adapters_of(wrapper)}
+    names = [*(name for name, _ in model.named_parameters()), *(name for name, _ in model.named_buffers())]
+    within: set[str] = set()
+    outside: set[str] = set()
+    for name in names:
+        (within if name.startswith(tuple(f"{wrapper}." for wrapper in wrappers)) else outside).update(name.split("."))
+    return outside | (within - adapters)
+
+
+def _adapters_of(wrapper: BaseTunerLayer | AuxiliaryTrainingWrapper) -> set[str]:
+    found = wrapper._get_available_adapters if isinstance(wrapper, AuxiliaryTrainingWrapper) else None
+    return set(found() if found else wrapper._all_available_adapter_names())
 
 
 def check_called(name: str, parent: nn.Module) -> None:

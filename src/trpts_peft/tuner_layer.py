@@ -7,9 +7,10 @@ from collections.abc import Callable
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
-__all__ = ["MODEL_PREFIX", "PREFIX", "TRPTSLayer", "integers_stay"]
+__all__ = ["COMPILER", "MODEL_PREFIX", "PREFIX", "TRPTSLayer", "integers_stay"]
 
 PREFIX = "trpts_"  # transformers' `delete_adapter` derives it from the name of the method
+COMPILER = "_orig_mod."  # in the names of what lies in a block that `torch.compile(block)` has wrapped
 MODEL_PREFIX = "base_model.model."  # of names in a PeftModel and in files; none where an adapter was injected directly
 
 

@@ -411,6 +411,18 @@ def test_of_several_heads_it_is_the_one_that_trains() -> None:
     assert selection.speedup is None and "predicted" not in selection.summary()  # which ViT runs how often is unknown
 
 
+def test_adapters_that_are_active_together_go_on_selecting_alike() -> None:
+    model = adapter(token_layers=0, modules_to_save=None)
+    model.add_adapter("b", TRPTSConfig(token_layers=2, keep_rate=0.5, importance="magnitude"))
+    model.base_model.set_adapter(["default", "b"])
+    before = state_of(model)
+    with pytest.raises(ValueError, match=r"must be those of \['default'\], .* got the rate 0\.5 in block"):
+        calibrate(model, None, adapter_name="b", probe_head=False, **QUIET)
+    assert_unchanged(before, model)
+    model.set_adapter("b")
+    calibrate(model, None, probe_head=False, **QUIET)
+
+
 def test_a_model_around_a_peft_model_is_told_what_to_calibrate() -> None:
     outer = nn.Module()
     outer.backbone = adapter()

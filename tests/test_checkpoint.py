@@ -562,6 +562,37 @@ def test_a_checkpoint_of_another_rate_says_how_to_resume_it(saved: Path, logits:
     assert torch.equal(predict(model), logits)
 
 
+def test_a_refused_file_beside_two_active_adapters_leaves_no_trace(saved: Path, tmp_path: Path) -> None:
+    model = adapted(token_layers=0)
+    model.add_adapter("b", TRPTSConfig(token_layers=0))
+    model.base_model.set_adapter(["default", "b"])
+    before = snapshot(model)
+    damaged(saved, tmp_path, _fill(f"{LINEAR}.trpts_values", float("nan")))
+    with pytest.raises(ValueError, match=r"trpts_values.*` must be finite"):
+        model.load_adapter(tmp_path, "c")
+    assert_same(before, snapshot(model))
+    assert list(model.peft_config) == ["default", "b"]
+
+
+def test_a_refused_file_leaves_merged_what_was(saved: Path, tmp_path: Path) -> None:
+    model = adapted()
+    model.merge_adapter()
+    before = snapshot(model)
+    damaged(saved, tmp_path, _fill(f"{LINEAR}.trpts_values", float("nan")))
+    with pytest.warns(UserWarning, match="merged"), pytest.raises(ValueError, match="must be finite"):
+        model.load_adapter(tmp_path, "c")
+    assert_same(before, snapshot(model))
+    model.unmerge_adapter()
+    assert torch.equal(predict(model), predict(adapted()))
+
+
+def test_a_state_dict_brings_its_rate(logits: Tensor) -> None:
+    tensors = {name: tensor.clone() for name, tensor in adapted().state_dict().items()}
+    model = adapted(keep_rate=0.9)
+    model.load_state_dict(tensors)
+    assert torch.equal(predict(model), logits)
+
+
 def test_a_rate_that_was_only_assigned_is_not_saved(tmp_path: Path) -> None:
     model = adapted()
     model.peft_config["default"].keep_rate = 0.25

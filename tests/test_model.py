@@ -479,6 +479,54 @@ def test_merging_beside_the_head_of_another_adapter_is_said(caplog: pytest.LogCa
     assert "classifier" in caplog.text and "['second']" in caplog.text
 
 
+@pytest.mark.parametrize("names", [["second", "second"], None])
+def test_an_adapter_that_is_named_twice_is_merged_once(names: list[str] | None) -> None:
+    model = pair()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if names is None:
+        model.base_model.set_adapter(["second", "second"])
+    model.merge_adapter(names)
+    model.unmerge_adapter()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_merging_within_disabling_leaves_no_rate_of_the_merged() -> None:
+    model = adapter(token_layers=0, modules_to_save=None)
+    model.add_adapter("tokens", TRPTSConfig(token_layers=[1], keep_rate=0.5))
+    before = predict(model)
+    with model.disable_adapter():
+        model.merge_adapter(["tokens"])
+        predict(model)
+    assert torch.equal(predict(model), before)
+
+
+def test_a_list_of_adapters_that_cannot_be_switches_nothing() -> None:
+    model = adapter(token_layers=0)
+    model.add_adapter("both", TRPTSConfig(token_layers=0, modules_to_save=["layernorm", "classifier"]))
+    randomize(model, 3, "both")
+    before = predict(model)
+    with pytest.raises(ValueError, match="Only one adapter can be set"):
+        model.base_model.set_adapter(["both", "default"])
+    assert torch.equal(predict(model), before)
+
+
+def test_giving_up_rates_of_the_base_is_said_too(caplog: pytest.LogCaptureFixture) -> None:
+    base = build_vit()
+    apply_token_selection(base, {1: 0.5})
+    get_peft_model(base, TRPTSConfig(token_layers=0)).merge_and_unload(keep_token_selection=False)
+    assert "outputs of the merged model differ" in caplog.text
+
+
+def test_an_injected_adapter_may_be_merged_before_its_first_pass() -> None:
+    base, expected = build_vit(), adapter(token_layers=0, modules_to_save=None)
+    inject_adapter_in_model(TRPTSConfig(importance="magnitude", token_layers=0), base)
+    calibrate(base, None, probe_head=False, progress=False)
+    randomize(base, 0)
+    for layer in linears(base).values():
+        layer.merge()
+    torch.testing.assert_close(predict(base), predict(expected), rtol=1e-4, atol=1e-5)
+
+
 def test_safe_merge_refuses_broken_values() -> None:
     model = adapter()
     linears(model)[FC1].trpts_values["default"].data[0, 0] = float("nan")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from conftest import build_images, build_vit
-from trpts_peft import TRPTSConfig, calibrate, set_token_selection
+from trpts_peft import TRPTSConfig, calibrate, set_token_selection, weighted
 from trpts_peft.layer import TRPTSLinear
 from trpts_peft.vit import keep_rates_in_force
 from trpts_peft.weighted import sum_updates
@@ -226,6 +227,28 @@ def test_weights_are_finite_numbers(weights: Any) -> None:
     with pytest.raises((ValueError, TypeError), match="`weights`"):
         model.base_model.add_weighted_adapter(["a", "b"], weights, "sum")
     assert before == (list(model.state_dict()), list(model.peft_config))
+
+
+def test_weights_of_numpy_are_numbers() -> None:
+    sums = []
+    for weights in ([np.float32(0.5), np.int64(1)], [0.5, 1]):
+        model = adapters({}, {})
+        model.base_model.add_weighted_adapter(["a", "b"], weights, "sum")
+        sums.append({key: tensor for key, tensor in model.state_dict().items() if ".sum" in key})
+    assert sums[0].keys() == sums[1].keys() and all(torch.equal(t, sums[1][key]) for key, t in sums[0].items())
+
+
+def test_a_sum_that_breaks_off_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapters({}, {})
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(weighted, "_sum_modules", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model.base_model.add_weighted_adapter(["a", "b"], [1, 1], "sum")
+    after = model.state_dict()
+    assert list(model.peft_config) == ["a", "b"] and before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+    model.base_model.add_weighted_adapter(["a", "b"], [1, 1], "sum")
 
 
 def test_adapters_of_different_blocks_are_all_in_the_sum() -> None:

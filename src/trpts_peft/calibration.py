@@ -35,7 +35,7 @@ from .measurement import (
 from .probe import LinearProbe, fit_linear_probe
 from .selection import Selection, check_feasible, select
 from .stale import retire_users_of
-from .vit import check_no_fixed_selection, install_keep_rates
+from .vit import check_no_fixed_selection, check_rates, install_keep_rates
 
 __all__ = ["calibrate"]
 
@@ -87,8 +87,8 @@ def calibrate(
         with fitted.predicting() if fitted else nullcontext():
             scores = measure(base, batches, linears, config.importance, labels, loss_fn, workspace_mb, progress, name)
     selection = select(_scores_without_data(linears, config) if scores is None else scores, config, base)
-    start = fitted.install() if fitted else []
     _install(base, cast(Any, model).peft_config, name, config, selection)
+    start = fitted.install() if fitted else []
     if progress and processes(accelerator)[0] == 0:
         print(*start, selection.summary(), sep="\n")
     return selection
@@ -202,6 +202,8 @@ def _fit_head(base: nn.Module, batches: Batches, adapter_name: str, progress: bo
 def _install(
     base: nn.Module, configs: dict[str, Any], adapter_name: str, config: TRPTSConfig, selection: Selection
 ) -> None:
+    rates = dict.fromkeys(selection.token_layers, config.keep_rate)
+    check_rates(base, adapter_name, rates)
     for name, columns in selection.columns.items():
         layer = base.get_submodule(name)
         assert isinstance(layer, TRPTSLinear)
@@ -209,7 +211,7 @@ def _install(
     retire_users_of(trained_parameters(base, adapter_name))
     if not any(layer.trpts_values[adapter_name].requires_grad for _, layer in adapted_linears(base, adapter_name)):
         logger.warning("Adapter '%s' is not trainable: activate it, or load it with `is_trainable=True`.", adapter_name)
-    install_keep_rates(base, adapter_name, dict.fromkeys(selection.token_layers, config.keep_rate))
+    install_keep_rates(base, adapter_name, rates)
     calibrated = copy.deepcopy(config)
     calibrated.connections = dict(selection.connections)
     calibrated.selected_token_layers = list(selection.token_layers)

@@ -166,6 +166,9 @@ def check_file(model: nn.Module, config: TRPTSConfig, adapter_name: str, state_d
         ValueError: as `check_state_dict`, or there is another tensor, which a loader would put into the base model or
             into another adapter, or drop.
     """
+    for name, layer in adapted_linears(model, adapter_name):
+        if layer.merged:
+            _refuse(name, "unmerged while a file is loaded", "a merged one", "call `unmerge_adapter()` first")
     check_state_dict(model, config, adapter_name, state_dict)
     own = {
         f"{name}.{part}.{adapter_name}"
@@ -192,8 +195,6 @@ def check_state_dict(
     _check_token_layers(model, config, adapter_name, state_dict)
     _check_linears(model, config, adapter_name)
     for name, layer in adapted_linears(model, adapter_name):
-        if layer.merged:
-            _refuse(name, "unmerged while a file is loaded", "a merged one", "call `unmerge_adapter()` first")
         keys = {part: f"{name}.{part}.{adapter_name}" for part in _PARTS}
         tensors = {part: state_dict[key] for part, key in keys.items() if key in state_dict}
         _check_linear(name, layer, tensors, _own_tensors(layer, adapter_name))

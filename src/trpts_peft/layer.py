@@ -417,7 +417,7 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
             adapter_names = self.active_adapters
         else:
             adapter_names = check_adapters_to_merge(self, adapter_names)
-        names = [name for name in adapter_names if name in all_values]
+        names = [name for name in dict.fromkeys(adapter_names) if name in all_values]
         if safe_merge:
             self.check_merge(names)
         weight = base_parameter(base, "weight").data

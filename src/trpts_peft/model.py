@@ -42,6 +42,7 @@ from .vit import (
     drop_idle_selections,
     forget_token_selection,
     install_keep_rates,
+    keep_rates_in_force,
     remove_token_selection,
 )
 from .weighted import add_weighted_adapter
@@ -189,6 +190,11 @@ class TRPTSModel(BaseTuner):
         """Activate one adapter, or several that select tokens alike; their updates add up."""
         found = _find(self.model, (BaseTunerLayer, AuxiliaryTrainingWrapper))
         self._check_alike([adapter_name] if isinstance(adapter_name, str) else adapter_name, found)
+        for wrapper in found:
+            if isinstance(wrapper, ModulesToSaveWrapper):
+                wrapper.check_set_adapter(
+                    adapter_name
+                )  # two heads cannot be in force: said before the first is switched
         set_adapter(_Found(found), adapter_name, inference_mode=inference_mode, layer_cls=TRPTSLayer)
         self.active_adapter = adapter_name
 
@@ -291,6 +297,7 @@ class TRPTSModel(BaseTuner):
         )
         remove_token_selection(model)
         if not keep_token_selection:
+            rates = rates or keep_rates_in_force(model)  # those that the base had before, too
             forget_token_selection(model)
             if rates:
                 logger.warning("Token selection is dropped: the outputs of the merged model differ from the adapter's.")

@@ -27,6 +27,7 @@ __all__ = [
     "AdapterTokenSelection",
     "TokenSelection",
     "apply_token_selection",
+    "check_rates",
     "install_keep_rates",
     "keep_rates_in_force",
     "remove_token_selection",
@@ -72,6 +73,15 @@ class TokenSelection(nn.Module):
         return select_and_merge(hidden_states, importance, 1.0 if rate is None else rate, self.num_prefix_tokens)
 
 
+def _follow_loaded_rates(selection: nn.Module, _incompatible_keys: object) -> None:
+    """Put the rates that any `load_state_dict` has brought in force."""
+    assert isinstance(selection, AdapterTokenSelection)
+    for name, record in selection.trpts_keep_ppm.items():
+        rate = selection.own_rate(name)
+        if rate is not None and not record.is_meta and in_millionths(rate) != int(record) > 0:
+            selection.keep_rates[name] = repr(int(record) / 1_000_000)
+
+
 class AdapterTokenSelection(TokenSelection, TRPTSLayer):
     """The token selection of one block at the rate of whichever adapter is in force."""
 
@@ -89,6 +99,7 @@ class AdapterTokenSelection(TokenSelection, TRPTSLayer):
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
+        self.register_load_state_dict_post_hook(_follow_loaded_rates)  # type: ignore[no-untyped-call]
 
     @property
     def keep_rate(self) -> float | None:
@@ -161,8 +172,11 @@ class AdapterTokenSelection(TokenSelection, TRPTSLayer):
     def enable_adapters(self, enabled: bool) -> None:
         """Follow `disable_adapter` and its end."""
         super().enable_adapters(enabled)
-        if not enabled:
-            self.merged_adapters = []  # a disabled linear unmerges, too
+        # A disabled linear unmerges, at once or, merged meanwhile, in the next pass.
+        inside = (module for block in self._blocks for module in block.modules())
+        linear = next((m for m in inside if isinstance(m, TRPTSLayer) and not isinstance(m, TokenSelection)), None)
+        merged = linear.merged_adapters if enabled and linear is not None else []
+        self.merged_adapters = [name for name in merged if name in self.keep_rates]
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget the adapter; blocks in which no other one selects tokens get their stock classes back."""
@@ -176,7 +190,7 @@ class AdapterTokenSelection(TokenSelection, TRPTSLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Nothing to write: only remember whose rate is in force."""
-        names = check_adapters_to_merge(cast(Any, self), adapter_names)
+        names = dict.fromkeys(check_adapters_to_merge(cast(Any, self), adapter_names))
         self.merged_adapters.extend(name for name in names if name in self.keep_rates)
 
     def unmerge(self) -> None:
@@ -314,6 +328,29 @@ def _new_selection(model: nn.Module) -> AdapterTokenSelection:
             for name in module._all_available_adapter_names():
                 selection.keep_rates.setdefault(name, None)
     return selection
+
+
+def check_rates(model: nn.Module, adapter_name: str, rates: Mapping[int, float]) -> None:
+    """Refuse rates of an adapter that is active together with others which select tokens otherwise.
+
+    Args:
+        model: a model that holds the adapter.
+        adapter_name: the adapter.
+        rates: {block index: keep rate} that it is to have.
+    """
+    selections = adapter_selections(model)
+    active: list[str] = next((m.active_adapters for m in model.modules() if isinstance(m, TRPTSLayer)), [])
+    others = [name for name in active if name != adapter_name]
+    if adapter_name not in active or not others or not all(selection.enabled for selection in selections.values()):
+        return
+    for index in sorted({*selections, *rates}):
+        theirs = selections[index].rate_of(others) if index in selections else None
+        own = rates.get(index, 1.0)
+        if own != (1.0 if theirs is None else theirs):
+            raise ValueError(
+                f"`token_layers` and `keep_rate` must be those of {others}, which are active together with "
+                f"{adapter_name!r}, got the rate {own:g} in block {index}: activate it alone first."
+            )
 
 
 def install_keep_rates(model: nn.Module, adapter_name: str, rates: Mapping[int, float]) -> None:

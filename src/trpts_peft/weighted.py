@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+import numbers
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
@@ -15,6 +17,7 @@ from torch import Tensor
 from .config import TRPTSConfig
 from .layer import TRPTSLinear
 from .vit import adapter_selections, install_keep_rates
+from .withdrawal import withdrawn_on_failure
 
 __all__ = ["add_weighted_adapter", "sum_updates"]
 
@@ -50,7 +53,7 @@ def _check(tuner: BaseTuner, adapters: Sequence[str], weights: Sequence[float], 
     if not adapters or len(adapters) != len(weights):
         raise ValueError(f"`weights` must be one number per adapter, got {len(weights)} for {len(adapters)} adapters.")
     for weight in weights:
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        if isinstance(weight, (bool, np.bool_)) or not isinstance(weight, numbers.Real) or not math.isfinite(weight):
             raise ValueError(f"`weights` must be finite numbers, got {weight!r}.")
     unknown = [name for name in adapters if name not in tuner.peft_config]
     if unknown:
@@ -83,6 +86,7 @@ def add_weighted_adapter(
             adapters select tokens differently. Nothing is changed.
     """
     _check(tuner, adapters, weights, adapter_name)
+    weights = [float(weight) for weight in weights]  # numpy's would widen what they are multiplied by
     configs = [cast(TRPTSConfig, tuner.peft_config[name]) for name in adapters]
     config = copy.deepcopy(configs[0])
     names = [name for name, m in tuner.model.named_modules() if isinstance(m, TRPTSLinear)]
@@ -95,27 +99,39 @@ def add_weighted_adapter(
     config.train_bias = any(other.train_bias for other in configs)
     config.unit_importance = None  # a sum was measured on no data
     config.connections = {name: columns.shape[1] for name, (columns, _) in sums.items()}
-    tuner.peft_config[adapter_name] = config
-    try:
-        tuner.inject_adapter(tuner.model, adapter_name)
-    except Exception:
-        del tuner.peft_config[adapter_name]
-        raise
-    if any(values.dtype == torch.float32 for _, values in sums.values()):
-        tuner._cast_adapter_dtype(adapter_name)  # of a base in 16 bits
-    for name, layer in used.items():
-        layer.replace_columns(adapter_name, *sums[name])
-        _sum_biases(layer, adapters, weights, adapter_name)
-    for module in tuner.model.modules():
-        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-            _sum_modules(module, adapters, weights, adapter_name)
     rates = {
         index: rate
         for index, selection in adapter_selections(tuner.model).items()
         if (rate := selection.rate_of(list(adapters))) is not None
     }
-    config.selected_token_layers = sorted(rates)
-    install_keep_rates(tuner.model, adapter_name, rates)
+    with withdrawn_on_failure(tuner.model):
+        tuner.peft_config[adapter_name] = config
+        try:
+            tuner.inject_adapter(tuner.model, adapter_name)
+            if any(values.dtype == torch.float32 for _, values in sums.values()):
+                tuner._cast_adapter_dtype(adapter_name)  # of a base in 16 bits
+            _fill(tuner, adapters, weights, adapter_name, sums)
+        except Exception:
+            del tuner.peft_config[adapter_name]
+            raise
+        config.selected_token_layers = sorted(rates)
+        install_keep_rates(tuner.model, adapter_name, rates)
+
+
+def _fill(
+    tuner: BaseTuner,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+    sums: Mapping[str, tuple[Tensor, Tensor]],
+) -> None:
+    for name, update in sums.items():
+        layer: Any = tuner.model.get_submodule(name)
+        layer.replace_columns(adapter_name, *update)
+        _sum_biases(layer, adapters, weights, adapter_name)
+    for module in tuner.model.modules():
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            _sum_modules(module, adapters, weights, adapter_name)
 
 
 def _sum_of(layer: Any, adapters: Sequence[str], weights: Sequence[float]) -> tuple[Tensor, Tensor]:

@@ -9,14 +9,14 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from peft.functional import delete_adapter, set_adapter
+from peft.functional import set_adapter
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from .checkpoint import adapted_linears, check_adapter
 from .config import TRPTSConfig
 from .layer import TRPTSLinear
-from .tuner_layer import PREFIX, TRPTSLayer
+from .tuner_layer import TRPTSLayer
 from .vit import drop_idle_selections
 
 __all__ = ["LoadCheck", "restore_modules", "restore_trainable", "trainable_names", "withdrawn_on_failure"]
@@ -79,6 +79,7 @@ def withdrawn_on_failure(model: nn.Module) -> Iterator[None]:
         yield
         return
     before, trainable = _settled(model), trainable_names(model)
+    merged = [(m, list(m.merged_adapters)) for m in model.modules() if isinstance(m, TRPTSLayer) and m.merged]
     try:
         yield
     except Exception:
@@ -88,6 +89,9 @@ def withdrawn_on_failure(model: nn.Module) -> Iterator[None]:
             withdraw(model, name, trainable=None if before else trainable)
         if set(before) - set(spoiled):
             restore_trainable(model, trainable)
+        for layer, names in merged:  # PEFT unmerges what it adds an adapter to
+            if not layer.merged:
+                layer.merge(adapter_names=names)
         raise
 
 
@@ -116,7 +120,7 @@ def withdraw(
     if others and any(adapter_name in layer.active_adapters for _, layer in adapted_linears(base, adapter_name)):
         names = [name for name in active if name in others] or others[:1]
         set_adapter(base, names, inference_mode=configs[names[0]].inference_mode, layer_cls=TRPTSLayer)
-    delete_adapter(base, adapter_name, PREFIX, TRPTSLayer)
+    _delete(base, adapter_name)
     configs.pop(adapter_name, None)
     drop_idle_selections(base)
     for key, hook in list(base._forward_pre_hooks.items()):
@@ -125,6 +129,15 @@ def withdraw(
     _unwrap_idle(base)
     if not others:
         _strip(base, trainable)
+
+
+def _delete(base: nn.Module, adapter_name: str) -> None:
+    """As PEFT's function of that name, which refuses to where two adapters are in force."""
+    for module in base.modules():
+        if isinstance(module, TRPTSLayer):
+            module.delete_adapter(adapter_name)
+        elif isinstance(module, ModulesToSaveWrapper):
+            module.delete_adapter(adapter_name, [name for name in module.active_adapters if name != adapter_name])
 
 
 def _strip(base: nn.Module, trainable: frozenset[str]) -> None:

@@ -500,6 +500,16 @@ def test_merging_within_disabling_leaves_no_rate_of_the_merged() -> None:
     assert torch.equal(predict(model), before)
 
 
+def test_enabling_what_is_merged_keeps_its_rate() -> None:
+    model = adapter(layers_to_transform=[0], token_layers=0, modules_to_save=None)
+    model.add_adapter("tokens", TRPTSConfig(layers_to_transform=[2], token_layers=[1], keep_rate=0.5))
+    model.merge_adapter(["tokens"])
+    before = predict(model)
+    model.base_model.enable_adapter_layers()
+    assert torch.equal(predict(model), before)
+    assert keep_rates_in_force(model) == {1: 0.5}
+
+
 def test_a_list_of_adapters_that_cannot_be_switches_nothing() -> None:
     model = adapter(token_layers=0)
     model.add_adapter("both", TRPTSConfig(token_layers=0, modules_to_save=["layernorm", "classifier"]))

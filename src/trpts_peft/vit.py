@@ -173,10 +173,13 @@ class AdapterTokenSelection(TokenSelection, TRPTSLayer):
         """Follow `disable_adapter` and its end."""
         super().enable_adapters(enabled)
         # A disabled linear unmerges, at once or, merged meanwhile, in the next pass.
-        inside = (module for block in self._blocks for module in block.modules())
-        linear = next((m for m in inside if isinstance(m, TRPTSLayer) and not isinstance(m, TokenSelection)), None)
-        merged = linear.merged_adapters if enabled and linear is not None else []
-        self.merged_adapters = [name for name in merged if name in self.keep_rates]
+        gone = self._unmerged_in_linears() if enabled and self.merged_adapters else set(self.merged_adapters)
+        self.merged_adapters = [name for name in self.merged_adapters if name not in gone]
+
+    def _unmerged_in_linears(self) -> set[str]:
+        layers = (m for block in self._blocks for m in block.modules() if isinstance(m, TRPTSLayer))
+        linears = [layer for layer in layers if not isinstance(layer, TokenSelection)]
+        return {n for m in linears for n in m._all_available_adapter_names() if n not in m.merged_adapters}
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget the adapter; blocks in which no other one selects tokens get their stock classes back."""

@@ -191,10 +191,8 @@ class TRPTSModel(BaseTuner):
         found = _find(self.model, (BaseTunerLayer, AuxiliaryTrainingWrapper))
         self._check_alike([adapter_name] if isinstance(adapter_name, str) else adapter_name, found)
         for wrapper in found:
-            if isinstance(wrapper, ModulesToSaveWrapper):
-                wrapper.check_set_adapter(
-                    adapter_name
-                )  # two heads cannot be in force: said before the first is switched
+            if isinstance(wrapper, ModulesToSaveWrapper):  # of two heads one is in force, which is said before any is
+                wrapper.check_set_adapter(adapter_name)
         set_adapter(_Found(found), adapter_name, inference_mode=inference_mode, layer_cls=TRPTSLayer)
         self.active_adapter = adapter_name
 

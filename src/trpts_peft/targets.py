@@ -45,13 +45,15 @@ def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
 
 def _parts_of_names(model: nn.Module) -> set[str]:
     """What stands between the dots in the names of the model's tensors, but for names of adapters."""
-    wrappers = {n: m for n, m in model.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))}
-    adapters = {adapter for wrapper in wrappers.values() for adapter in _adapters_of(wrapper)}
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    wrappers = [(f"{name}.", module) for name, module in model.named_modules() if isinstance(module, kinds)]
+    prefixes = tuple(prefix for prefix, _ in wrappers)
+    adapters = {adapter for _, wrapper in wrappers for adapter in _adapters_of(wrapper)}
     names = [*(name for name, _ in model.named_parameters()), *(name for name, _ in model.named_buffers())]
     within: set[str] = set()
     outside: set[str] = set()
     for name in names:
-        (within if name.startswith(tuple(f"{wrapper}." for wrapper in wrappers)) else outside).update(name.split("."))
+        (within if name.startswith(prefixes) else outside).update(name.split("."))
     return outside | (within - adapters)
 
 

@@ -393,19 +393,22 @@ def test_a_head_that_the_model_does_not_call_is_named() -> None:
 class Distillation(nn.Module):
     main_input_name = "pixel_values"
 
-    def __init__(self) -> None:
+    def __init__(self, as_tensor: bool = False) -> None:
         super().__init__()
-        self.student, self.teacher = build_vit(), build_vit()
+        self.student, self.teacher, self.as_tensor = build_vit(), build_vit(), as_tensor
 
     def forward(self, pixel_values: Tensor) -> Any:
         self.teacher(pixel_values)
-        return self.student(pixel_values)
+        outputs = self.student(pixel_values)
+        return outputs.logits if self.as_tensor else outputs
 
 
-def test_of_several_heads_it_is_the_one_that_trains() -> None:
+@pytest.mark.parametrize("as_tensor", [True, False])  # whether nothing tells whose output the logits are
+def test_of_several_heads_it_is_the_one_that_trains(as_tensor: bool) -> None:
     targets = {"target_modules": ["fc1"], "exclude_modules": r"teacher\..*", "token_layers": 1}
-    model = adapter(Distillation(), modules_to_save=["student.classifier"], **targets)
-    selection = calibrate(model, DATA, **QUIET)
+    model = adapter(Distillation(as_tensor), modules_to_save=["student.classifier"], **targets)
+    loss = (lambda outputs, labels: F.cross_entropy(outputs, labels, reduction="none")) if as_tensor else None
+    selection = calibrate(model, DATA, loss_fn=loss, **QUIET)
     head = model.base_model.model.student.classifier
     assert not torch.equal(head.modules_to_save["default"].weight, head.original_module.weight)
     assert selection.speedup is None and "predicted" not in selection.summary()  # which ViT runs how often is unknown

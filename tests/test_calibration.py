@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -382,6 +383,13 @@ def test_a_head_of_zeros_is_looked_at_too(name: str) -> None:
         calibrate(model, DATA, **QUIET)
 
 
+def test_a_probe_is_not_lost_in_a_head_that_is_offloaded() -> None:
+    model = adapter(token_layers=0)
+    cpu_offload(model.base_model.model.classifier.modules_to_save["default"])
+    with pytest.raises(ValueError, match=r"got classifier, whose weight is .* offloaded"):
+        calibrate(model, DATA, **QUIET)
+
+
 def test_a_head_that_the_model_does_not_call_is_named() -> None:
     base = Neck()
     base.score = nn.Linear(32, 3)
@@ -429,7 +437,7 @@ def test_adapters_that_are_active_together_go_on_selecting_alike() -> None:
 def test_a_model_around_a_peft_model_is_told_what_to_calibrate() -> None:
     outer = nn.Module()
     outer.backbone = adapter()
-    with pytest.raises(ValueError, match=r"calibrate `model\.backbone`"):
+    with pytest.raises(ValueError, match=r"pass `model\.backbone`"):
         calibrate(outer, DATA, **QUIET)
 
 

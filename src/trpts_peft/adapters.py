@@ -26,7 +26,7 @@ def find_adapter(model: nn.Module, adapter_name: str | None) -> tuple[nn.Module,
     inner = next((name for name, module in model.named_modules() if name and isinstance(module, PeftModel)), None)
     if configs is None and inner is not None:
         raise ValueError(
-            f"`model` must be the PeftModel itself, got {type(model).__name__} around one: calibrate `model.{inner}`, "
+            f"`model` must be the PeftModel itself, got {type(model).__name__} around one: pass `model.{inner}`, "
             "or, to train through a head of yours, adapt the whole with `get_peft_model`."
         )
     if not isinstance(configs, dict) or not any(isinstance(config, TRPTSConfig) for config in configs.values()):

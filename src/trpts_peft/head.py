@@ -63,8 +63,9 @@ class Head:
         seen, prediction = calls.pop()
         features = seen.to(copy=True, **_HOST)  # of a ViT it is a view of all tokens
         del seen
-        if self.trainable and "weight" not in self.linear._parameters:  # so that nothing can be written there
-            return "whose weight is computed from others at each call"
+        weight = self.linear._parameters.get("weight")
+        if self.trainable and (weight is None or weight.is_meta):  # a probe could not be written there
+            return "whose weight is computed from others at each call, or offloaded"
         if self.trainable and not _are_close(prediction, _product(features, self.linear.weight, self.linear.bias)):
             return "which does more than to multiply and add"
         drawn = torch.randn(num_labels(self), features.shape[-1], generator=torch.Generator().manual_seed(0), **_HOST)
@@ -150,10 +151,8 @@ def _head_at(name: str, module: nn.Module, adapter_name: str, own: set[nn.Module
     return Head(name, module, linear, linear in own) if isinstance(linear, nn.Linear) else None
 
 
-def _product(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    """What a plain linear gives, in 32 bits on the CPU; None where its weight is elsewhere now, offloaded."""
-    if weight.is_meta:
-        return None
+def _product(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What a plain linear gives, in 32 bits on the CPU."""
     return F.linear(_host(features), _host(weight), None if bias is None else _host(bias))
 
 
@@ -161,15 +160,13 @@ def _host(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float32)
 
 
-def _normalized(logits: Tensor | None) -> Tensor | None:
-    """Logits that a softmax does not tell from others are equal; those of a single class are as they are."""
-    return logits if logits is None or logits.shape[-1] == 1 else _host(logits).log_softmax(dim=-1)
+def _normalized(logits: Tensor) -> Tensor:
+    """Equal for logits that a softmax does not tell apart."""
+    return _host(logits).log_softmax(dim=-1)
 
 
-def _are_close(one: Tensor | None, other: Tensor | None) -> bool:
-    """Equal but for the rounding of 16 bits; what is not there, or not finite, is somebody else's to refuse."""
-    if one is None or other is None:
-        return True
+def _are_close(one: Tensor, other: Tensor) -> bool:
+    """Equal but for the rounding of 16 bits; what is not finite is somebody else's to refuse."""
     one, other = _host(one), _host(other)
     if not bool(one.isfinite().all() and other.isfinite().all()):
         return True

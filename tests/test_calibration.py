@@ -28,6 +28,7 @@ from trpts_peft import (
     calibrate,
     estimate_fisher,
     select,
+    set_token_selection,
 )
 from trpts_peft.layer import TRPTSLinear
 from trpts_peft.vit import keep_rates_in_force
@@ -432,6 +433,15 @@ def test_adapters_that_are_active_together_go_on_selecting_alike() -> None:
     assert_unchanged(before, model)
     model.set_adapter("b")
     calibrate(model, None, probe_head=False, **QUIET)
+
+
+def test_with_all_tokens_adapters_go_together_whatever_they_select() -> None:
+    model = adapter(token_layers=[1], modules_to_save=None)
+    model.add_adapter("b", TRPTSConfig(token_layers=[2], keep_rate=0.5, importance="magnitude"))
+    set_token_selection(model, False)
+    model.base_model.set_adapter(["default", "b"])
+    calibrate(model, None, adapter_name="b", probe_head=False, **QUIET)
+    assert model.peft_config["b"].selected_token_layers == [2]
 
 
 def test_a_model_around_a_peft_model_is_told_what_to_calibrate() -> None:

@@ -530,6 +530,49 @@ def test_embeddings_saved_on_request_may_come_if_they_are_the_bases(tmp_path: Pa
         PeftModel.from_pretrained(build_vit(), tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_embeddings_saved_in_another_dtype_are_the_bases(tmp_path: Path, dtype: torch.dtype) -> None:
+    adapted(build_vit().bfloat16()).save_pretrained(tmp_path, save_embedding_layers=True)
+    PeftModel.from_pretrained(build_vit().to(dtype), tmp_path)
+    with pytest.raises(ValueError, match=r"embeddings\S+` must be absent"):
+        PeftModel.from_pretrained(build_vit(seed=1).to(dtype), tmp_path, config=_of_any_base(tmp_path))
+
+
+def _of_any_base(folder: Path) -> TRPTSConfig:
+    config = TRPTSConfig.from_pretrained(folder)
+    config.allow_other_base = True
+    return config
+
+
+def test_a_trained_embedding_is_not_taken_for_the_bases(tmp_path: Path) -> None:
+    model = adapted()
+    model.get_base_model().vit.embeddings.patch_embeddings.projection.bias.data *= 1.001
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    with pytest.raises(ValueError, match=r"patch_embeddings.projection.bias` must be absent"):
+        PeftModel.from_pretrained(build_vit(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("assigned", "rule"),
+    [
+        ({"token_layers": [2]}, r"config\.token_layers` must be .* \[1\], got \[2\]"),
+        ({"token_layers": 0}, r"config\.token_layers` must be .* \[1\], got \[\]"),
+        ({"keep_rate": 0.7}, r"config\.keep_rate` must be .* 0\.5, got 0\.7: call `trpts_peft\.set_keep_rate`"),
+        ({"train_bias": False}, r"config\.train_bias` must be .* True, got False"),
+        ({"min_connections": 3, "max_connections": 3}, r"config\.min_connections` must be .*: 2 inputs .*, got 3"),
+    ],
+)
+def test_a_config_that_the_adapter_does_not_follow_is_not_saved(
+    assigned: dict[str, Any], rule: str, tmp_path: Path
+) -> None:
+    options = {"token_layers": [1], "keep_rate": 0.5, "min_connections": 2, "max_connections": 2}
+    model = get_peft_model(build_vit(), TRPTSConfig(**options))
+    vars(model.peft_config["default"]).update(assigned)
+    with pytest.raises(ValueError, match=rule):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
 @pytest.mark.parametrize("saved_module", ["classifier", "layernorm_after"])
 def test_a_model_with_compiled_blocks_is_saved_under_its_own_names(tmp_path: Path, saved_module: str) -> None:
     model = adapted(modules_to_save=[saved_module])
@@ -539,10 +582,54 @@ def test_a_model_with_compiled_blocks_is_saved_under_its_own_names(tmp_path: Pat
         blocks[index] = torch.compile(block, backend="eager")
     model.save_pretrained(tmp_path)
     assert torch.equal(predict(PeftModel.from_pretrained(build_vit(), tmp_path).eval()), before)
-    if saved_module == "classifier":  # with others PEFT finds no place for what lies in a compiled block
-        randomize(model, 5)
-        model.load_adapter(tmp_path, "default", is_trainable=True)
-        assert torch.equal(predict(model), before)
+    randomize(model, 5)
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    assert torch.equal(predict(model), before)
+    assert all(type(block).__name__ == "OptimizedModule" for block in blocks)
+
+
+def compiled_blocks() -> nn.Module:
+    base = build_vit()
+    for index, block in enumerate(base.vit.layers):
+        base.vit.layers[index] = torch.compile(block, backend="eager")
+    return base
+
+
+def test_adapters_are_loaded_into_a_model_with_compiled_blocks(saved: Path, logits: Tensor, tmp_path: Path) -> None:
+    model = PeftModel.from_pretrained(compiled_blocks(), saved).eval()
+    assert torch.equal(predict(model), logits)
+    model.load_adapter(saved, "second")
+    model.set_adapter("second")
+    assert torch.equal(predict(model), logits)
+    model.base_model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "mean")
+    model.set_adapter("mean")
+    torch.testing.assert_close(predict(model), logits)
+    model.save_pretrained(tmp_path, selected_adapters=["mean"])
+    for base in (build_vit(), compiled_blocks()):
+        loaded = PeftModel.from_pretrained(base, tmp_path / "mean").eval()
+        torch.testing.assert_close(predict(loaded), logits)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+@needs_adapter_methods
+def test_a_refused_file_that_was_merged_unseen_is_taken_out_of_the_base(saved: Path, tmp_path: Path) -> None:
+    base = build_vit()
+    base.load_adapter(str(saved), "good")
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    expected = predict(base)
+    base.load_adapter(str(damaged(saved, tmp_path, DAMAGES["values not a number"])), "bad")
+    for layer in base.modules():
+        if isinstance(layer, TRPTSLinear):
+            layer.merge(adapter_names=["good", "bad"])
+    with pytest.raises(ValueError, match="finite"):
+        base(build_images())
+    assert all(layer.merged_adapters == ["good"] for layer in base.modules() if isinstance(layer, TRPTSLinear))
+    for layer in base.modules():
+        if isinstance(layer, TRPTSLinear):
+            layer.unmerge()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+    base.set_adapter("good")
+    assert torch.equal(predict(base), expected)
 
 
 def test_a_folder_whose_config_was_changed_says_so(saved: Path, tmp_path: Path) -> None:
@@ -555,10 +642,22 @@ def test_a_folder_whose_config_was_changed_says_so(saved: Path, tmp_path: Path) 
 
 def test_a_checkpoint_of_another_rate_says_how_to_resume_it(saved: Path, logits: Tensor) -> None:
     model = adapted(keep_rate=0.6)
-    with pytest.raises(ValueError, match=r"call `trpts_peft\.set_keep_rate\(model, 0\.5\)` first"):
+    with pytest.raises(ValueError, match=r"call `trpts_peft\.set_keep_rate\(model, 0\.5, 'default'\)` first"):
         model.load_adapter(saved, "default", is_trainable=True)
     set_keep_rate(model, 0.5)
     model.load_adapter(saved, "default", is_trainable=True)
+    assert torch.equal(predict(model), logits)
+
+
+def test_the_remedy_for_another_rate_names_the_adapter(saved: Path, logits: Tensor) -> None:
+    model = adapted(keep_rate=0.6)
+    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
+    calibrate(model, None, adapter_name="second", probe_head=False, progress=False)
+    with pytest.raises(ValueError, match=r"`trpts_peft\.set_keep_rate\(model, 0\.5, 'second'\)`"):
+        model.load_adapter(saved, "second")
+    set_keep_rate(model, 0.5, "second")
+    model.load_adapter(saved, "second")
+    model.set_adapter("second")
     assert torch.equal(predict(model), logits)
 
 
@@ -596,7 +695,7 @@ def test_a_state_dict_brings_its_rate(logits: Tensor) -> None:
 def test_a_rate_that_was_only_assigned_is_not_saved(tmp_path: Path) -> None:
     model = adapted()
     model.peft_config["default"].keep_rate = 0.25
-    with pytest.raises(ValueError, match=r"`keep_rate` must be that of the adapter, 0\.5, .* got 0\.25"):
+    with pytest.raises(ValueError, match=r"`config\.keep_rate` must be .*, 0\.5, got 0\.25"):
         model.save_pretrained(tmp_path)
     assert not (tmp_path / "adapter_config.json").exists()
 

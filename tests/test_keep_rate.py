@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import load_checkpoint_in_model
 from peft import PeftModel, get_peft_model
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from conftest import build_images, build_vit
-from trpts_peft import TRPTSConfig, estimate_cost, set_keep_rate, set_token_selection
+from trpts_peft import TRPTSConfig, apply_token_selection, estimate_cost, set_keep_rate, set_token_selection
 from trpts_peft.vit import keep_rates_in_force
 
 
@@ -113,3 +115,66 @@ def test_an_adapter_that_selects_nowhere_has_no_rate_to_set() -> None:
         set_keep_rate(adapted(token_layers=0), 0.5)
     with pytest.raises(ValueError, match="`model` must hold a TR-PTS adapter"):
         set_keep_rate(build_vit(), 0.5)
+
+
+def test_a_model_that_selects_at_fixed_rates_has_another_call_for_it() -> None:
+    with pytest.raises(ValueError, match=r"call `apply_token_selection\(model, \{block: rate\}\)`"):
+        set_keep_rate(adapted().merge_and_unload(), 0.5)
+    vit = build_vit()
+    apply_token_selection(vit, {1: 0.5})
+    with pytest.raises(ValueError, match="`apply_token_selection"):
+        set_keep_rate(vit, 0.5)
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
+    model.load_state_dict(state)
+
+
+def load_past_state_dict(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, folder / "model.safetensors")
+    load_checkpoint_in_model(model, folder, device_map={"": "cpu"})
+    model.eval()
+
+
+@pytest.mark.parametrize("load", [load_state, load_past_state_dict])
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_rate_that_a_state_dict_brings_is_the_adapters_everywhere(load: Any, copied: bool, tmp_path: Path) -> None:
+    model, other = adapted(0.9), adapted(1 / 3)  # which a record in millionths rounds down
+    config = model.peft_config["default"]
+    model = copy.deepcopy(model) if copied else model
+    (tmp_path / "all").mkdir()
+    load(model, other.state_dict(), tmp_path / "all")
+    assert torch.equal(predict(model), predict(other))
+    assert keep_rates_in_force(model) == {1: 1 / 3, 2: 1 / 3}
+    assert model.peft_config["default"].keep_rate == 1 / 3
+    assert config.keep_rate == 0.9  # the caller's
+    assert estimate_cost(model).tokens == estimate_cost(other).tokens
+    model.save_pretrained(tmp_path)
+    assert torch.equal(predict(PeftModel.from_pretrained(build_vit(), tmp_path).eval()), predict(other))
+    set_keep_rate(model, 0.5)
+    assert keep_rates_in_force(model.train()) == {1: 0.5, 2: 0.5}
+
+
+def test_nothing_is_written_before_the_model_has_noticed_what_was_loaded(tmp_path: Path) -> None:
+    model, other = adapted(0.9), adapted(0.5)
+    for name, buffer in other.named_buffers():
+        if "trpts_keep_ppm" in name:
+            parent, _, key = name.rpartition(".")
+            model.get_submodule(parent)._buffers[key] = buffer
+    with pytest.raises(ValueError, match=r"`trpts_keep_ppm` must be .* 900000, got 500000: .* call `model\.eval\(\)`"):
+        model.save_pretrained(tmp_path)
+    model.eval().save_pretrained(tmp_path)
+    assert torch.equal(predict(PeftModel.from_pretrained(build_vit(), tmp_path).eval()), predict(other))
+
+
+@pytest.mark.parametrize("record", [0, -1, 1_000_001])
+def test_a_record_that_is_no_rate_is_not_followed(record: int, tmp_path: Path) -> None:
+    model = adapted(0.9)
+    before = predict(model)
+    key = "base_model.model.vit.layers.1.token_selection.trpts_keep_ppm.default"
+    model.load_state_dict({**model.state_dict(), key: torch.tensor(record)})
+    assert torch.equal(predict(model), before)
+    with pytest.raises(ValueError, match=rf"`trpts_keep_ppm` must be .* 900000, got {record}: .*set_keep_rate"):
+        model.save_pretrained(tmp_path)
+    set_keep_rate(model, 0.9)
+    model.save_pretrained(tmp_path)

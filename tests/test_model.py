@@ -576,12 +576,32 @@ def test_on_a_16_bit_base_only_what_is_active_trains(tmp_path: Path) -> None:
     assert {p.dtype for n, p in loaded.named_parameters() if "trpts_" in n} == {torch.float32}
 
 
-def test_merging_an_adapter_that_is_not_there_changes_nothing() -> None:
+@pytest.mark.parametrize("names", [["default", "defualt"], "default"])
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_merging_an_adapter_that_is_not_there_changes_nothing(
+    merge: str, names: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     model = adapter()
     expected = predict(model)
-    model.merge_adapter(["no such"])
+    caplog.clear()
+    with pytest.raises(ValueError, match=r"`adapter_names` must be a list of adapters of the model.*\['default'\]"):
+        getattr(model, merge)(adapter_names=names)
+    assert not caplog.text
     assert torch.equal(predict(model), expected)
     assert not [m for m in model.modules() if getattr(m, "merged_adapters", [])]
+
+
+@pytest.mark.filterwarnings("ignore:Adapter cannot be set when the model is merged")
+@pytest.mark.parametrize("act", ["unmerge_adapter", "disable_adapter_layers", "set_adapter"])
+def test_a_weight_that_two_linears_share_is_what_it_was(act: str) -> None:
+    base = build_vit()
+    base.vit.layers[1].mlp.fc1.weight = base.vit.layers[0].mlp.fc1.weight
+    before = base.vit.layers[0].mlp.fc1.weight.clone()
+    model = adapter(base)
+    model.merge_adapter()
+    assert not torch.equal(linears(model)["base_model.model.vit.layers.0.mlp.fc1"].weight, before)
+    getattr(model.base_model, act)(*(["default"] if act == "set_adapter" else []))
+    assert torch.equal(linears(model)["base_model.model.vit.layers.0.mlp.fc1"].weight, before)
 
 
 @pytest.mark.filterwarnings("ignore:Adapter cannot be set when the model is merged")
@@ -685,6 +705,19 @@ def test_deleting() -> None:
     assert torch.equal(predict(model), first)
     assert set(token_selections(model)) == {1}
     assert not any(".second" in name for name in model.state_dict())
+
+
+def test_an_adapter_with_a_head_is_not_deleted_beside_two_active_ones() -> None:
+    model = adapter(token_layers=0)
+    for name in ("b", "c"):
+        model.add_adapter(name, TRPTSConfig(token_layers=0))
+    model.base_model.set_adapter(["default", "b", "c"])
+    before = predict(model)
+    with pytest.raises(ValueError, match=r"`adapter_name` must not train .* got 'default' beside \['b', 'c'\]"):
+        model.delete_adapter("default")
+    assert torch.equal(predict(model), before)
+    model.delete_adapter("b")
+    assert list(model.peft_config) == ["default", "c"] and model.active_adapters == ["default", "c"]
 
 
 @pytest.mark.filterwarnings("ignore:Adapter default was active")

@@ -17,10 +17,10 @@ SOURCE = Path(trpts_peft.__file__).parent
 MODULES = sorted(SOURCE.glob("*.py"))
 FLOORS = (
     {
-        *{"card", "change_of_class", "families", "folders", "functional", "image_data", "masks", "metrics"},
-        *{"merging", "peft_type", "sparse_linear", "stale", "token_layers", "tuner_layer"},
+        *{"card", "change_of_class", "compiled", "families", "folders", "functional", "image_data", "masks", "metrics"},
+        *{"merging", "peft_type", "sparse_linear", "stale", "token_layers", "traversal", "tuner_layer"},
     },
-    {"run_folder", "config", "layer", "targets", "vit", "fisher", "data", "probe", "head", "cost"},
+    {"run_folder", "config", "layer", "selecting_blocks", "targets", "vit", "fisher", "data", "probe", "head", "cost"},
     {
         "selection",
         "measurement",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from conftest import build_images, build_vit
-from trpts_peft import TRPTSConfig, calibrate, set_token_selection, weighted
+from trpts_peft import TRPTSConfig, calibrate, set_keep_rate, set_token_selection, weighted
 from trpts_peft.layer import TRPTSLinear
 from trpts_peft.vit import keep_rates_in_force
 from trpts_peft.weighted import sum_updates
@@ -258,3 +259,32 @@ def test_adapters_of_different_blocks_are_all_in_the_sum() -> None:
     assert blocks == {"1", "2"} and model.peft_config["sum"].layers_to_transform is None
     held = [name for name, m in model.get_base_model().named_modules() if "sum" in getattr(m, "trpts_values", {})]
     assert {name.split(".")[2] for name in held} == blocks
+
+
+def test_a_sum_of_what_is_kept_in_16_bits_is_kept_in_them() -> None:
+    config = TRPTSConfig(token_layers=0, modules_to_save=["classifier"])
+    model = get_peft_model(build_vit().bfloat16(), config, "a", autocast_adapter_dtype=False)
+    model.base_model.add_weighted_adapter(["a"], [1.0], "sum")
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    own = {name.removesuffix(".a"): dtype for name, dtype in dtypes.items() if name.endswith(".a")}
+    sums = {name.removesuffix(".sum"): dtype for name, dtype in dtypes.items() if name.endswith(".sum")}
+    assert own == sums and set(own.values()) == {torch.bfloat16}
+
+
+def test_a_sum_has_the_token_layers_and_the_rate_that_its_parts_have_now(tmp_path: Path) -> None:
+    model = adapters({"keep_rate": 0.9}, {"keep_rate": 0.9})
+    for rate in (1.0, 0.5):
+        for name in ("a", "b"):
+            set_keep_rate(model, rate, name)
+        model.base_model.add_weighted_adapter(["a", "b"], [0.5, 0.5], f"at_{rate:g}".replace(".", "_"))
+    assert model.peft_config["at_1"].keep_rate == 1.0
+    set_keep_rate(model, 0.5, "at_1")
+    outputs = []
+    for name in ("at_1", "at_0_5"):
+        model.set_adapter(name)
+        assert keep_rates_in_force(model) == {1: 0.5}
+        outputs.append(model(build_images()).logits)
+        model.save_pretrained(tmp_path, selected_adapters=[name])
+        loaded = PeftModel.from_pretrained(build_vit(), tmp_path / name).eval()
+        outputs.append(loaded(build_images()).logits)
+    assert all(torch.equal(output, outputs[0]) for output in outputs)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from .config import TRPTSConfig
 from .layer import TRPTSLinear
-from .tuner_layer import COMPILER, MODEL_PREFIX
-from .vit import AdapterTokenSelection, in_millionths
+from .tuner_layer import MODEL_PREFIX
+from .vit import AdapterTokenSelection, adapter_selections, in_millionths, of_millionths
 
 __all__ = [
     "FLOATS",
@@ -150,7 +150,10 @@ def without_base_tensors(model: nn.Module, state_dict: dict[str, Tensor]) -> dic
 
 
 def _are_equal(stored: Tensor, own: Tensor) -> bool:
-    return not own.is_meta and stored.shape == own.shape and torch.equal(stored.to(own), own)
+    """To the bit, or, where they differ in dtype, as the same base in two dtypes does."""
+    if own.is_meta or stored.shape != own.shape or stored.dtype == own.dtype:
+        return not own.is_meta and torch.equal(stored.to(own.device), own)
+    return torch.allclose(stored.to(own.device).double(), own.double(), rtol=_RTOL, atol=_ATOL)
 
 
 def check_file(model: nn.Module, config: TRPTSConfig, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
@@ -216,7 +219,8 @@ def _remedy_of_rates(
         )
     rates = set(stored.values())
     if stored.keys() == own.keys() and len(rates) == 1:
-        return f"call `trpts_peft.set_keep_rate(model, {rates.pop() / 1e6:g})` first, or {_LOAD}"
+        rate = of_millionths(rates.pop())
+        return f"call `trpts_peft.set_keep_rate(model, {rate!r}, {adapter_name!r})` first, or {_LOAD}"
     return _REMEDY
 
 
@@ -258,8 +262,7 @@ def _dropped(model: nn.Module, config: TRPTSConfig) -> tuple[str, ...]:
 def _check_linears(model: nn.Module, config: TRPTSConfig, adapter_name: str) -> None:
     if config.connections is None:
         return
-    names = (name.removeprefix(MODEL_PREFIX) for name, _ in adapted_linears(model, adapter_name))
-    adapted = {name.replace(COMPILER, "") for name in names}  # the config is of the model without a compiler
+    adapted = {name.removeprefix(MODEL_PREFIX) for name, _ in adapted_linears(model, adapter_name)}
     if difference := sorted(adapted ^ set(config.connections)):
         broken = "its `adapter_config.json` is damaged or was made for another model"
         _refuse("connections", "of exactly the adapted linears", f"a difference in {difference[:4]}", broken)
@@ -275,18 +278,34 @@ def _keep_rates(model: nn.Module, adapter_name: str) -> dict[str, int]:
 
 
 def check_config(model: nn.Module, config: TRPTSConfig, adapter_name: str) -> None:
-    """Refuse to save an adapter beside a config that says otherwise: nobody could load it.
+    """Refuse to write an adapter beside a config that says otherwise: nobody could load it.
 
     Raises:
-        ValueError: `keep_rate` was assigned since.
+        ValueError: something was assigned to the config that the adapter does not follow.
     """
-    for module in model.modules():
-        rate = module.own_rate(adapter_name) if isinstance(module, AdapterTokenSelection) else None
-        if rate is not None and in_millionths(rate) != in_millionths(config.keep_rate):
-            raise ValueError(
-                f"`keep_rate` must be that of the adapter, {rate:g}, when it is saved, got {config.keep_rate!r} in its "
-                "config: call `trpts_peft.set_keep_rate`, or assign the former again."
-            )
+    made, again = "what the adapter was made with", "assign the former again"
+    token_layers = []
+    for index, selection in adapter_selections(model).items():
+        rate = selection.own_rate(adapter_name)
+        if rate is not None:
+            token_layers.append(index)
+            if in_millionths(rate) != in_millionths(config.keep_rate):
+                remedy = f"call `trpts_peft.set_keep_rate`, or {again}"
+                _refuse("config.keep_rate", f"{made}, {rate:g}", config.keep_rate, remedy)
+            record = selection.trpts_keep_ppm[adapter_name]
+            if not record.is_meta and int(record) != in_millionths(rate):
+                rule = f"the rate in millionths, {in_millionths(rate)}"
+                remedy = "after a loader that exchanges tensors call `model.eval()`, or `trpts_peft.set_keep_rate`"
+                _refuse("trpts_keep_ppm", rule, int(record), remedy)
+    if token_layers != sorted(config.fixed_token_layers):
+        _refuse("config.token_layers", f"{made}, {token_layers}", sorted(config.fixed_token_layers), again)
+    for _, layer in adapted_linears(model, adapter_name):
+        trains_bias = adapter_name in layer.trpts_bias
+        if layer.base_layer.bias is not None and trains_bias != config.train_bias:
+            _refuse("config.train_bias", f"{made}, {trains_bias}", config.train_bias, again)
+        count = layer.trpts_columns[adapter_name].shape[1]
+        if config.connections is None and count != (initial := min(config.initial_connections, layer.in_features)):
+            _refuse("config.min_connections", f"{made}: {count} inputs per neuron", initial, again)
 
 
 def _check_token_layers(

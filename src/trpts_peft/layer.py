@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from . import functional
 from .merging import Overwritten, add_at, base_parameter, write_at
 from .sparse_linear import added_linear, compose_weight, converted, digest, flat_places, index_columns, sparse_linear
-from .tuner_layer import TRPTSLayer, integers_stay
+from .tuner_layer import TRPTSLayer, integers_stay, is_unchanged, version
 
 __all__ = ["TRPTSLinear"]
 
@@ -67,16 +67,6 @@ def _refill(parameter: nn.Parameter, entries: Tensor) -> None:
     other = torch.bfloat16 if parameter.dtype == torch.float32 else torch.float32  # Apple's GPUs have no float64
     parameter.data = entries.new_empty(0, dtype=other)
     parameter.data, parameter.grad = entries, None
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was written to; those of inference mode do not count, and are taken for changed each time."""
-    return -1 if tensor.is_inference() else tensor._version
-
-
-def _is_unchanged(tensor: Tensor, known: tuple[Any, ...] | None) -> bool:
-    """Whether it is the tensor that something was derived from, and had been written to as often as now."""
-    return known is not None and known[0] is tensor and known[1] == _version(tensor) >= 0
 
 
 class TRPTSLinear(nn.Module, TRPTSLayer):
@@ -165,7 +155,7 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         with torch.inference_mode(False):  # backward cannot keep what was made in inference mode
             used, slots = (columns, columns) if columns.is_meta else index_columns(columns)
         self.trpts_used[adapter_name], self.trpts_slots[adapter_name] = used, slots
-        self._derived_from[adapter_name] = columns, _version(columns)
+        self._derived_from[adapter_name] = columns, version(columns)
 
     def train(self, mode: bool = True) -> TRPTSLinear:
         """As of any module; refreshes what a loader has left behind that exchanged columns past `load_state_dict`.
@@ -176,18 +166,18 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         if not torch.compiler.is_compiling():
             for name, columns in self.trpts_columns.items():
                 there = type(columns) is Tensor and not columns.is_meta  # and not offloaded, nor standing for others
-                if there and not _is_unchanged(columns, self._derived_from.get(name)):
+                if there and not is_unchanged(columns, self._derived_from.get(name)):
                     self.refresh(name)
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> TRPTSLinear:
         """As of any module; what follows from each other still does, and the tensors before are let go."""
-        current = [n for n, columns in self.trpts_columns.items() if _is_unchanged(columns, self._derived_from.get(n))]
+        current = [n for n, columns in self.trpts_columns.items() if is_unchanged(columns, self._derived_from.get(n))]
         self._known_places.clear()
         fn = integers_stay(fn)
         self._overwritten = {name: old.apply(fn) for name, old in self._overwritten.items()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._derived_from = {n: (self.trpts_columns[n], _version(self.trpts_columns[n])) for n in current}
+        self._derived_from = {n: (self.trpts_columns[n], version(self.trpts_columns[n])) for n in current}
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -202,10 +192,10 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
         """
         columns: Tensor = cast(Any, self._modules["trpts_columns"])._buffers[adapter_name]
         known = self._known_places.get(adapter_name)
-        if known is not None and _is_unchanged(columns, known):
+        if known is not None and is_unchanged(columns, known):
             return known[2]
         places = flat_places(columns, self.in_features)
-        self._known_places[adapter_name] = columns, _version(columns), places
+        self._known_places[adapter_name] = columns, version(columns), places
         return places
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:

@@ -17,13 +17,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from .compiled import COMPILER
 from .config import TRPTSConfig
 from .data import Batches, check_bare, check_whole, processes, sum_of_processes
 from .families import find_family, is_of_family
 from .fisher import FisherCollector, FisherScores, LossFn, eval_mode, logits_of, per_sample_cross_entropy
 from .head import Head, check_head
 from .layer import TRPTSLinear
-from .tuner_layer import COMPILER
 from .vit import token_selections
 
 __all__ = ["bare_base", "base_weights", "collect_features", "estimate_fisher", "measure", "targeted_linears"]
@@ -98,8 +98,8 @@ def targeted_linears(base: nn.Module, config: Any, adapter_name: str | None) -> 
 def _check_not_compiled(name: str) -> None:
     if COMPILER in name:
         raise ValueError(
-            f"`model` must have no compiled blocks yet, got {name}, by which no adapter could be loaded: calibrate or "
-            "measure before `torch.compile`, or compile in place, by `block.compile()`."
+            f"`model` must have no compiled blocks yet, got {name}: calibrate or measure before `torch.compile`, or "
+            "compile in place, by `block.compile()`."
         )
 
 

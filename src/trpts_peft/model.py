@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 from peft.functional import set_adapter
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from .checkpoint import (
     unpack_columns,
     without_base_tensors,
 )
+from .compiled import COMPILER, without_compilers
 from .config import TRPTSConfig
 from .data import check_loading, check_whole
 from .families import FAMILIES
@@ -33,7 +34,8 @@ from .merging import base_parameter
 from .sparse_linear import digest
 from .targets import check_adapter_name, check_called, check_target
 from .token_layers import check_saved_modules, check_token_layers
-from .tuner_layer import COMPILER, PREFIX, TRPTSLayer
+from .traversal import Found, find_modules, is_offloaded, on_each, tuner_layers
+from .tuner_layer import PREFIX, TRPTSLayer
 from .vit import (
     AdapterTokenSelection,
     adapter_selections,
@@ -98,6 +100,7 @@ class TRPTSModel(BaseTuner):
         check_adapter_name(model, adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = cast(TRPTSConfig, self.peft_config[adapter_name])
+        cast(Any, model).peft_config = self.peft_config  # as PEFT does behind this; token selections hold on to it
         install_keep_rates(model, adapter_name, dict.fromkeys(config.fixed_token_layers, config.keep_rate))
         if config.connections is None:
             logger.warning(
@@ -188,31 +191,43 @@ class TRPTSModel(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate one adapter, or several that select tokens alike; their updates add up."""
-        found = _find(self.model, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        found = find_modules(self.model, (BaseTunerLayer, AuxiliaryTrainingWrapper))
         self._check_alike([adapter_name] if isinstance(adapter_name, str) else adapter_name, found)
         for wrapper in found:
             if isinstance(wrapper, ModulesToSaveWrapper):  # of two heads one is in force, which is said before any is
                 wrapper.check_set_adapter(adapter_name)
-        set_adapter(_Found(found), adapter_name, inference_mode=inference_mode, layer_cls=TRPTSLayer)
+        # In reverse, for what is merged is unmerged, as in `unmerge_adapter`.
+        set_adapter(Found(found[::-1]), adapter_name, inference_mode=inference_mode, layer_cls=TRPTSLayer)
         self.active_adapter = adapter_name
+
+    def disable_adapter_layers(self) -> None:
+        """As of any method; what is merged is unmerged first, in the order that two which share a weight need."""
+        if any(layer.merged for layer in tuner_layers(self.model)):
+            self.unmerge_adapter()
+        super().disable_adapter_layers()
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write the updates of the active (or the named) adapters into the base weights; `unmerge_adapter` is exact."""
-        layers = _tuner_layers(self.model)
+        layers = tuner_layers(self.model)
         names = self._check_merge(layers, adapter_names, safe_merge)
         self._check_merge_allowed()
+        on_each(layers, lambda layer: layer.merge(safe_merge, adapter_names))
         if adapter_names is not None:
             _warn_of_other_copies(self.model, names)
-        _on_each(layers, lambda layer: layer.merge(safe_merge, adapter_names))
 
     def unmerge_adapter(self) -> None:
         """Put back the base weights that merging has overwritten, to the bit."""
-        layers = _tuner_layers(self.model)
+        layers = tuner_layers(self.model)
         _check_present(layers)
-        _on_each(reversed(layers), lambda layer: layer.unmerge())  # two may share a weight, merged one after the other
+        on_each(reversed(layers), lambda layer: layer.unmerge())  # two may share a weight, merged one after the other
 
     def _check_merge(self, layers: list[Any], adapter_names: list[str] | None, safe_merge: bool) -> list[str]:
         """Refuse before any layer is merged; returns the adapters that are merged then, those of before included."""
+        if adapter_names is not None and (isinstance(adapter_names, str) or set(adapter_names) - set(self.peft_config)):
+            raise ValueError(
+                f"`adapter_names` must be a list of adapters of the model, got {adapter_names!r}: it has "
+                f"{list(self.peft_config)}."
+            )
         _check_whole(layers)
         wanted = adapter_names or self.active_adapters
         names = _merged_with(layers, wanted)
@@ -227,18 +242,26 @@ class TRPTSModel(BaseTuner):
             super()._check_merge_allowed()  # type: ignore[no-untyped-call]
 
     def _check_alike(self, adapter_names: list[str], layers: list[Any] | None = None) -> None:
-        for layer in _tuner_layers(self.model) if layers is None else layers:
+        for layer in tuner_layers(self.model) if layers is None else layers:
             if isinstance(layer, AdapterTokenSelection) and layer.enabled:
                 layer.rate_of([name for name in adapter_names if name in layer.keep_rates])
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; blocks in which no other one selects tokens become stock blocks again."""
+        others = [name for name in self.active_adapters if name != adapter_name]
+        wrappers = find_modules(self.model, (ModulesToSaveWrapper,)) if len(others) > 1 else []
+        if any(adapter_name in wrapper.modules_to_save for wrapper in wrappers):  # PEFT would stop half-way
+            raise ValueError(
+                f"`adapter_name` must not train a whole module while two others are active, got {adapter_name!r} "
+                f"beside {others}: activate one adapter first, by `set_adapter`."
+            )
         super().delete_adapter(adapter_name)
         drop_idle_selections(self.model)
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
         """Add the weighted sum of adapters as a new one; see `trpts_peft.weighted.add_weighted_adapter`."""
-        add_weighted_adapter(self, adapters, weights, adapter_name)
+        with without_compilers(self):
+            add_weighted_adapter(self, adapters, weights, adapter_name)
 
     def train(self, mode: bool = True) -> TRPTSModel:
         """As of any module; says so where an adapter is about to train with no more than the config of another."""
@@ -283,7 +306,7 @@ class TRPTSModel(BaseTuner):
             keep_token_selection: False returns a plain model, whose outputs differ where tokens were selected. True
                 leaves the rates in `config.trpts_keep_rates`, for `apply_token_selection` after `from_pretrained`.
         """
-        names = self._check_merge(_tuner_layers(self.model), adapter_names, safe_merge)
+        names = self._check_merge(tuner_layers(self.model), adapter_names, safe_merge)
         _take_copies_of(self.model, names)
         rates = {
             index: rate
@@ -367,44 +390,6 @@ class TRPTSModel(BaseTuner):
         return tensors
 
 
-def _tuner_layers(model: nn.Module) -> list[Any]:
-    return _find(model, (BaseTunerLayer,))
-
-
-def _find(module: nn.Module, kinds: tuple[type, ...]) -> list[Any]:
-    """All modules of these kinds; what lies within those of TR-PTS, the larger part of all modules, is not visited."""
-    found: list[Any] = []
-    seen: set[nn.Module] = set()
-    kinds_of: dict[Any, tuple[bool, bool]] = {}  # PEFT's layers are abstract classes, which are slow to ask
-
-    def visit(module: nn.Module) -> None:
-        for child in module._modules.values():
-            if child is None or child in seen:
-                continue
-            seen.add(child)
-            kind = type(child)
-            if kind not in kinds_of:
-                kinds_of[kind] = issubclass(kind, kinds), issubclass(kind, TRPTSLayer)
-            is_one, is_ours = kinds_of[kind]
-            if is_one:
-                found.append(child)
-            if child._modules and not is_ours:
-                visit(child)
-
-    visit(module)
-    return found
-
-
-class _Found:
-    """Stands for a model where PEFT would walk through all of its modules for the few that are listed."""
-
-    def __init__(self, modules: list[Any]) -> None:
-        self._found = modules
-
-    def modules(self) -> list[Any]:
-        return self._found
-
-
 def _check_whole(layers: list[Any]) -> None:
     """Refuse sharded layers. The first linear tells: whatever shards a model takes all of its parameters."""
     check_whole(next(layer for layer in layers if isinstance(layer, TRPTSLinear)))
@@ -412,12 +397,12 @@ def _check_whole(layers: list[Any]) -> None:
 
 
 def _check_present(layers: list[Any]) -> None:
-    """Refuse to merge where a weight cannot be written, before any is; `_on_each` fetches those of base layers."""
+    """Refuse to merge where a weight cannot be written, before any is; `on_each` fetches those of base layers."""
     for layer in layers:
         if type(layer) is TRPTSLinear:
             base = cast(nn.Module, layer._modules["base_layer"])
             weight = base._parameters.get("weight")
-            if (weight is None or weight.is_meta) and not _is_offloaded(layer):
+            if (weight is None or weight.is_meta) and not is_offloaded(layer):
                 base_parameter(base, "weight")
 
 
@@ -438,7 +423,7 @@ def _take_copies_of(model: nn.Module, adapter_names: list[str]) -> None:
     Raises:
         ValueError: two of the adapters train the same one. Nothing is changed.
     """
-    wrappers = _find(model, (ModulesToSaveWrapper,))
+    wrappers = find_modules(model, (ModulesToSaveWrapper,))
     for wrapper in wrappers:
         if len(holders := _holders(wrapper, adapter_names)) > 1:
             raise ValueError(
@@ -450,7 +435,7 @@ def _take_copies_of(model: nn.Module, adapter_names: list[str]) -> None:
 
 
 def _warn_of_other_copies(model: nn.Module, adapter_names: list[str]) -> None:
-    wrappers = _find(model, (ModulesToSaveWrapper,))
+    wrappers = find_modules(model, (ModulesToSaveWrapper,))
     others = [wrapper for wrapper in wrappers if _holders(wrapper, adapter_names) != wrapper.active_adapters]
     if others:
         logger.warning(
@@ -468,22 +453,7 @@ def _name_of(model: nn.Module, module: nn.Module) -> str:
 def _check_entries(layers: list[Any], adapter_names: list[str]) -> None:
     """Refuse before any layer is merged: a model merged by half is of no use."""
     linears = (layer for layer in layers if isinstance(layer, TRPTSLinear))
-    _on_each(linears, lambda layer: layer.check_merge([n for n in adapter_names if n not in layer.merged_adapters]))
-
-
-def _is_offloaded(layer: nn.Module) -> bool:
-    base = layer._modules.get("base_layer")
-    return base is not None and "_hf_hook" in vars(base)
-
-
-def _on_each(layers: Iterable[Any], act: Callable[[Any], None]) -> None:
-    """What accelerate has moved away is fetched; for others not even asked, since that looks through all submodules."""
-    for layer in layers:
-        if _is_offloaded(layer):
-            with onload_layer(layer):
-                act(layer)
-        else:
-            act(layer)
+    on_each(linears, lambda layer: layer.check_merge([n for n in adapter_names if n not in layer.merged_adapters]))
 
 
 def _count(config: TRPTSConfig, name: str, in_features: int) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, cast
 
@@ -75,11 +76,17 @@ def _is_kept_in_16_bits(model: PeftModel, adapter_name: str) -> bool:
     return any(parameter.dtype.itemsize < 4 for parameter in trained_parameters(model, adapter_name))
 
 
-def _undone(model: nn.Module) -> AbstractContextManager[None]:
+@contextmanager
+def _undone(model: nn.Module) -> Iterator[None]:
     # Looked up in each call: the package may have been loaded anew since PEFT was wrapped.
+    from .compiled import without_compilers
     from .withdrawal import withdrawn_on_failure
 
-    return withdrawn_on_failure(model)
+    if not isinstance(model, nn.Module):  # PEFT says so
+        yield
+        return
+    with without_compilers(model), withdrawn_on_failure(model):
+        yield
 
 
 def _send_own_card() -> None:

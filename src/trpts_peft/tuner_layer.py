@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
-__all__ = ["COMPILER", "MODEL_PREFIX", "PREFIX", "TRPTSLayer", "integers_stay"]
+__all__ = ["MODEL_PREFIX", "PREFIX", "TRPTSLayer", "integers_stay", "is_unchanged", "version"]
 
 PREFIX = "trpts_"  # transformers' `delete_adapter` derives it from the name of the method
-COMPILER = "_orig_mod."  # in the names of what lies in a block that `torch.compile(block)` has wrapped
 MODEL_PREFIX = "base_model.model."  # of names in a PeftModel and in files; none where an adapter was injected directly
 
 
@@ -32,3 +32,13 @@ def integers_stay(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return moved if tensor.is_floating_point() or moved.dtype == tensor.dtype else tensor.to(moved.device)
 
     return apply
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written to; those of inference mode do not count, and are taken for changed each time."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def is_unchanged(tensor: Tensor, known: tuple[Any, ...] | None) -> bool:
+    """Whether it is the tensor that something was derived from, and had been written to as often as now."""
+    return known is not None and known[0] is tensor and known[1] == version(tensor) >= 0

@@ -1,27 +1,22 @@
-"""Token selection inside the blocks of a Hugging Face ViT (eqs. 7 to 11).
-
-A block that selects, and every block behind it, is given a subclass of its own class under the same class name, so
-that output capturing, checkpointing, sharding policies and `isinstance` see what they saw before; a block that selects
-also gets a child module `token_selection`, which knows the rate. Removing the selection restores the classes.
-"""
+"""Token selection in a Hugging Face ViT: at which rate its blocks select, for whom, and whether at all."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .change_of_class import become
-from .families import FAMILIES, Family, find_blocks, find_family, num_prefix_tokens
-from .functional import cls_attention, select_and_merge
-from .masks import fit_mask, refuse_padding
+from .families import find_blocks, num_prefix_tokens
+from .functional import select_and_merge
+from .selecting_blocks import CHILD, blocks_of, refresh_classes
 from .token_layers import check_token_layers
-from .tuner_layer import TRPTSLayer, integers_stay
+from .tuner_layer import TRPTSLayer, integers_stay, is_unchanged, version
 
 __all__ = [
     "AdapterTokenSelection",
@@ -35,13 +30,19 @@ __all__ = [
     "token_selections",
 ]
 
-_CHILD = "token_selection"
 _CONFIG_KEY = "trpts_keep_rates"
+_MILLION = 1_000_000
 
 
 def in_millionths(rate: float) -> int:
     """A keep rate as the file holds it."""
-    return round(rate * 1_000_000)
+    return round(rate * _MILLION)
+
+
+def of_millionths(record: int) -> float:
+    """The rate of a record: the simplest fraction that it is rounded from, so that 1/3 does not come back as less."""
+    simplest = float(Fraction(record, _MILLION).limit_denominator(1000))
+    return simplest if in_millionths(simplest) == record else record / _MILLION
 
 
 class TokenSelection(nn.Module):
@@ -76,10 +77,7 @@ class TokenSelection(nn.Module):
 def _follow_loaded_rates(selection: nn.Module, _incompatible_keys: object) -> None:
     """Put the rates that any `load_state_dict` has brought in force."""
     assert isinstance(selection, AdapterTokenSelection)
-    for name, record in selection.trpts_keep_ppm.items():
-        rate = selection.own_rate(name)
-        if rate is not None and not record.is_meta and in_millionths(rate) != int(record) > 0:
-            selection.keep_rates[name] = repr(int(record) / 1_000_000)
+    selection.follow_records()
 
 
 class AdapterTokenSelection(TokenSelection, TRPTSLayer):
@@ -88,14 +86,19 @@ class AdapterTokenSelection(TokenSelection, TRPTSLayer):
     adapter_layer_names: tuple[str, ...] = ()
     other_param_names: tuple[str, ...] = ("keep_rates", "trpts_keep_ppm")
 
-    def __init__(self, num_prefix_tokens: int, blocks: tuple[nn.Module, ...] = ()) -> None:
+    def __init__(
+        self, num_prefix_tokens: int, blocks: tuple[nn.Module, ...] = (), configs: dict[str, Any] | None = None
+    ) -> None:
         super().__init__(num_prefix_tokens)
+        self._configs = {} if configs is None else configs  # the model's `peft_config`, to follow what is loaded
         self._blocks = blocks  # of the model, to restore their classes; a tuple, so that they are no child modules
         # Of every adapter; None for one that selects nothing here. As text, which compilers take for constant: a float
         # that has changed is a variable to them, and so would be the number of tokens.
         self.keep_rates: dict[str, str | None] = {}
         # The rate in millionths, for the file: an adapter can be told from one with other token layers.
         self.trpts_keep_ppm = BufferDict(persistent=True)
+        self._followed: dict[str, tuple[Tensor, int]] = {}  # the records that were looked at, and their version
+        self._awaited: set[str] = set()  # adapters whose records are yet to come from a file, and to be checked
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
@@ -141,10 +144,40 @@ class AdapterTokenSelection(TokenSelection, TRPTSLayer):
     def set_rate(self, adapter_name: str, rate: float | None) -> None:
         """Set the rate of an adapter here; None if it selects nothing in this block."""
         self.keep_rates[adapter_name] = None if rate is None else repr(float(rate))
+        self._awaited.discard(adapter_name)
         if rate is not None:
-            self.trpts_keep_ppm[adapter_name] = torch.tensor(in_millionths(rate), device=self._device())
+            record = torch.tensor(in_millionths(rate), device=self._device())
+            self.trpts_keep_ppm[adapter_name] = record
+            self._followed[adapter_name] = record, version(record)
         elif adapter_name in self.trpts_keep_ppm:
             del self.trpts_keep_ppm[adapter_name]
+
+    def follow_records(self) -> None:
+        """Put the rates that a loader has brought in force, and into the configs: the records alone are in a file."""
+        for name, record in self.trpts_keep_ppm.items():
+            rate = self.own_rate(name)
+            there = type(record) is Tensor and not record.is_meta  # and does not stand for another
+            if rate is None or not there or name in self._awaited or is_unchanged(record, self._followed.get(name)):
+                continue
+            self._followed[name] = record, version(record)  # to look into it makes a GPU wait
+            if int(record) != in_millionths(rate) and 0 < int(record) <= _MILLION:
+                rate = of_millionths(int(record))
+                self.keep_rates[name] = repr(rate)
+                if name in self._configs and self._configs[name].keep_rate != rate:
+                    self._configs[name] = copy.copy(self._configs[name])
+                    self._configs[name].keep_rate = rate
+
+    def train(self, mode: bool = True) -> AdapterTokenSelection:
+        """As of any module; follows what a loader has left behind that exchanged tensors past `load_state_dict`."""
+        if not torch.compiler.is_compiling():
+            self.follow_records()
+        super().train(mode)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy looks anew: its tensors count their writes anew."""
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**state, "_followed": {}}
 
     def _device(self) -> torch.device | None:
         """That of the blocks: DDP hands buffers around on one device."""
@@ -154,9 +187,10 @@ class AdapterTokenSelection(TokenSelection, TRPTSLayer):
         """Put a value that no file holds where a loader has to put the file's."""
         if adapter_name in self.trpts_keep_ppm:
             self.trpts_keep_ppm[adapter_name] = torch.tensor(-1)
+            self._awaited.add(adapter_name)
 
     def expect_no_file(self, adapter_name: str) -> None:
-        """Take `expect_file` back."""
+        """Take `expect_file` back; what has come meanwhile was checked."""
         self.set_rate(adapter_name, self.own_rate(adapter_name))
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdapterTokenSelection:
@@ -184,7 +218,7 @@ class AdapterTokenSelection(TokenSelection, TRPTSLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget the adapter; blocks in which no other one selects tokens get their stock classes back."""
         super().delete_adapter(adapter_name)
-        _refresh_classes(self._blocks)
+        refresh_classes(self._blocks)
 
     @property
     def selects(self) -> bool:
@@ -214,80 +248,9 @@ class AdapterTokenSelection(TokenSelection, TRPTSLayer):
         return f"keep_rates={self.keep_rates}"
 
 
-class _Sink:
-    """Takes what the attention hands out. No list: hooks of accelerate pass on copies of those."""
-
-    importance: Tensor
-
-
-class _SelectingLayer(nn.Module):
-    """A block that may select tokens, or that stands behind one that does. Mixed into the family's own class."""
-
-    family: Family
-
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        mask = fit_mask(attention_mask, hidden_states.shape[1])
-        selection = getattr(self, _CHILD, None)
-        if selection is None or selection.keep_rate is None:
-            stock: Tensor = super().forward(hidden_states, mask, **kwargs)
-            return stock
-        refuse_padding(mask)
-        sink = _Sink()
-        attended = self.family.attend(self, hidden_states, mask, importance_sink=sink, **kwargs)
-        refined, _ = selection(attended, sink.importance[:, selection.num_prefix_tokens :])
-        return self.family.transform(self, refined)
-
-
-class _SelectingAttention(nn.Module):
-    """Attention that hands out the CLS row of its softmax beside its output. Mixed into the family's own class."""
-
-    family: Family
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        importance_sink: _Sink | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        if importance_sink is None:
-            stock: tuple[Tensor, Tensor | None] = super().forward(hidden_states, attention_mask, **kwargs)
-            return stock
-        module = cast(Any, self)
-        by_head = (*hidden_states.shape[:-1], -1, module.head_dim)  # `unflatten` breaks graphs under a default device
-        query, key, value = (
-            project(hidden_states).view(by_head).transpose(1, 2)
-            for project in (module.q_proj, module.k_proj, module.v_proj)
-        )
-        # The fused attention does not give its weights away; one row of them is cheap to compute again.
-        importance_sink.importance = cls_attention(query, key, module.scaling, num_prefix_tokens=0)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, self.family.eager_attention)
-        dropout = module.attention_dropout if self.training else 0.0
-        attended, weights = attend(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=module.scaling, **kwargs
-        )
-        return module.o_proj(attended.flatten(2)), weights
-
-
-def _subclass(mixin: type[nn.Module], stock: type[nn.Module], family: Family) -> type[nn.Module]:
-    """A subclass with the stock class's name, to be found by pickle as an attribute of this module."""
-    selecting = type(stock.__name__, (mixin, stock), {"__module__": __name__, "family": family})
-    globals()[stock.__name__] = selecting
-    return selecting
-
-
-_SELECTING = {
-    family.model_type: (
-        _subclass(_SelectingLayer, family.layer_class, family),
-        _subclass(_SelectingAttention, family.attention_class, family),
-    )
-    for family in FAMILIES
-}
-
-
 def token_selections(model: nn.Module) -> dict[int, TokenSelection]:
     """{block index: its token selection}, for the blocks that have one."""
-    found = {index: getattr(block, _CHILD, None) for index, (_, block) in enumerate(find_blocks(model))}
+    found = {index: getattr(block, CHILD, None) for index, (_, block) in enumerate(find_blocks(model))}
     return {index: selection for index, selection in found.items() if selection is not None}
 
 
@@ -302,27 +265,9 @@ def keep_rates_in_force(model: nn.Module) -> dict[int, float]:
     return {index: rate for index, rate in rates.items() if rate is not None}
 
 
-def _blocks_of(model: nn.Module) -> tuple[nn.Module, ...]:
-    return tuple(block for _, block in find_blocks(model))
-
-
-def _refresh_classes(blocks: tuple[nn.Module, ...]) -> None:
-    """Give each block and its attention the class that the present token selections call for."""
-    behind = False
-    for block in blocks:
-        family = find_family(block)
-        assert family is not None
-        layer_class, attention_class = _SELECTING[family.model_type]
-        selection = getattr(block, _CHILD, None)
-        selects = selection is not None and selection.selects
-        behind = behind or selects
-        become(block, layer_class if behind else family.layer_class)
-        become(block.attention, attention_class if selects else family.attention_class)
-
-
 def _new_selection(model: nn.Module) -> AdapterTokenSelection:
     """A token selection that knows the adapters of the model, all with no rate, and which of them is in force."""
-    selection = AdapterTokenSelection(num_prefix_tokens(model), _blocks_of(model))
+    selection = AdapterTokenSelection(num_prefix_tokens(model), blocks_of(model), getattr(model, "peft_config", None))
     for module in model.modules():
         if isinstance(module, AdapterTokenSelection):
             selection.enabled = module.enabled
@@ -365,9 +310,9 @@ def install_keep_rates(model: nn.Module, adapter_name: str, rates: Mapping[int, 
         rates: {block index: keep rate}; checked before, by `check_token_layers`.
     """
     for index, (_, block) in enumerate(find_blocks(model)):
-        if index in rates and getattr(block, _CHILD, None) is None:
-            setattr(block, _CHILD, _new_selection(model))
-        selection = getattr(block, _CHILD, None)
+        if index in rates and getattr(block, CHILD, None) is None:
+            setattr(block, CHILD, _new_selection(model))
+        selection = getattr(block, CHILD, None)
         if isinstance(selection, AdapterTokenSelection):
             selection.set_rate(adapter_name, rates.get(index))
     drop_idle_selections(model)
@@ -375,11 +320,11 @@ def install_keep_rates(model: nn.Module, adapter_name: str, rates: Mapping[int, 
 
 def _drop_selections(model: nn.Module, is_dropped: Callable[[TokenSelection], bool]) -> None:
     """Restore the stock blocks where the token selection is one of these."""
-    for block in _blocks_of(model):
-        selection = getattr(block, _CHILD, None)
+    for block in blocks_of(model):
+        selection = getattr(block, CHILD, None)
         if selection is not None and is_dropped(selection):
-            delattr(block, _CHILD)
-    _refresh_classes(_blocks_of(model))
+            delattr(block, CHILD)
+    refresh_classes(blocks_of(model))
 
 
 def drop_idle_selections(model: nn.Module) -> None:
@@ -456,8 +401,8 @@ def apply_token_selection(model: nn.Module, keep_rates: Mapping[int, float] | No
     rates = _checked_rates(model, keep_rates)
     _drop_selections(model, lambda _: True)
     for index, rate in rates.items():
-        setattr(_blocks_of(model)[index], _CHILD, TokenSelection(num_prefix_tokens(model), rate))
-    _refresh_classes(_blocks_of(model))
+        setattr(blocks_of(model)[index], CHILD, TokenSelection(num_prefix_tokens(model), rate))
+    refresh_classes(blocks_of(model))
     _write_rates(config, rates)
 
 

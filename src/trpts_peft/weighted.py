@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 
+from .checkpoint import trained_parameters
 from .config import TRPTSConfig
 from .layer import TRPTSLinear
 from .vit import adapter_selections, install_keep_rates
@@ -99,16 +100,14 @@ def add_weighted_adapter(
     config.train_bias = any(other.train_bias for other in configs)
     config.unit_importance = None  # a sum was measured on no data
     config.connections = {name: columns.shape[1] for name, (columns, _) in sums.items()}
-    rates = {
-        index: rate
-        for index, selection in adapter_selections(tuner.model).items()
-        if (rate := selection.rate_of(list(adapters))) is not None
-    }
+    rates = _rates_of(tuner, adapters)
+    config.keep_rate = next(iter(rates.values()), config.keep_rate)
+    in_32_bits = any(p.dtype.itemsize >= 4 for name in adapters for p in trained_parameters(tuner.model, name))
     with withdrawn_on_failure(tuner.model):
         tuner.peft_config[adapter_name] = config
         try:
             tuner.inject_adapter(tuner.model, adapter_name)
-            if any(values.dtype == torch.float32 for _, values in sums.values()):
+            if in_32_bits:
                 tuner._cast_adapter_dtype(adapter_name)  # of a base in 16 bits
             _fill(tuner, adapters, weights, adapter_name, sums)
         except Exception:
@@ -116,6 +115,15 @@ def add_weighted_adapter(
             raise
         config.selected_token_layers = sorted(rates)
         install_keep_rates(tuner.model, adapter_name, rates)
+
+
+def _rates_of(tuner: BaseTuner, adapters: Sequence[str]) -> dict[int, float]:
+    """{block index: keep rate} of their token layers; those that keep all tokens at present are token layers, too."""
+    own = {
+        index: [rate for name in adapters if (rate := selection.own_rate(name)) is not None]
+        for index, selection in adapter_selections(tuner.model).items()
+    }
+    return {index: rates[0] for index, rates in own.items() if rates}
 
 
 def _fill(

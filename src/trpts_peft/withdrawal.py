@@ -13,7 +13,8 @@ from peft.functional import set_adapter
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from .checkpoint import adapted_linears, check_adapter
+from .checkpoint import adapted_linears, check_adapter, parts_of
+from .compiled import without_compilers
 from .config import TRPTSConfig
 from .layer import TRPTSLinear
 from .tuner_layer import TRPTSLayer
@@ -45,7 +46,8 @@ class LoadCheck:
             if self.refused is not None:
                 raise ValueError(self.refused)
             if self in model._forward_pre_hooks.values():
-                self._check(model)
+                with without_compilers(model):
+                    self._check(model)
 
     def _check(self, model: nn.Module) -> None:
         config = getattr(model, "peft_config", {}).get(self.adapter_name)
@@ -60,6 +62,8 @@ class LoadCheck:
             layer.refresh(self.adapter_name)
             if layer.is_chosen(self.adapter_name):  # else no loader has put anything there
                 layer.fresh.pop(self.adapter_name, None)
+        for part in parts_of(model, self.adapter_name):
+            part.expect_no_file(self.adapter_name)
         for key, hook in list(model._forward_pre_hooks.items()):  # last: until then other threads wait for what it does
             if hook is self:
                 del model._forward_pre_hooks[key]
@@ -72,14 +76,33 @@ def _trainable_before(model: nn.Module) -> frozenset[str]:
     return checks[0].trainable if checks else frozenset()
 
 
+_Merged = list[tuple[TRPTSLayer, list[str]]]
+
+
+def _merged_layers(model: nn.Module) -> _Merged:
+    return [(m, list(m.merged_adapters)) for m in model.modules() if isinstance(m, TRPTSLayer) and m.merged]
+
+
+def _unmerged(model: nn.Module) -> _Merged:
+    """Unmerge all layers, the last first, as two may share a weight; returns what was merged into them."""
+    merged = _merged_layers(model)
+    for layer, _ in reversed(merged):
+        layer.unmerge()
+    return merged
+
+
+def _merge_again(merged: _Merged, without: str | None = None) -> None:
+    for layer, names in merged:
+        left = [name for name in names if name != without]
+        if left and not layer.merged:
+            layer.merge(adapter_names=left)
+
+
 @contextmanager
 def withdrawn_on_failure(model: nn.Module) -> Iterator[None]:
     """Where what runs within raises, take out each adapter that it has put into the model, or put in anew."""
-    if not isinstance(model, nn.Module):  # PEFT says so
-        yield
-        return
     before, trainable = _settled(model), trainable_names(model)
-    merged = [(m, list(m.merged_adapters)) for m in model.modules() if isinstance(m, TRPTSLayer) and m.merged]
+    merged = _merged_layers(model)
     try:
         yield
     except Exception:
@@ -89,9 +112,7 @@ def withdrawn_on_failure(model: nn.Module) -> Iterator[None]:
             withdraw(model, name, trainable=None if before else trainable)
         if set(before) - set(spoiled):
             restore_trainable(model, trainable)
-        for layer, names in merged:  # PEFT unmerges what it adds an adapter to
-            if not layer.merged:
-                layer.merge(adapter_names=names)
+        _merge_again(merged)  # PEFT unmerges what it adds an adapter to
         raise
 
 
@@ -117,10 +138,12 @@ def withdraw(
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     configs: dict[str, Any] = getattr(base, "peft_config", {})
     others = [name for name in configs if name != adapter_name]
+    merged = _unmerged(base)  # it may have been merged before anyone has looked at it
     if others and any(adapter_name in layer.active_adapters for _, layer in adapted_linears(base, adapter_name)):
         names = [name for name in active if name in others] or others[:1]
         set_adapter(base, names, inference_mode=configs[names[0]].inference_mode, layer_cls=TRPTSLayer)
     _delete(base, adapter_name)
+    _merge_again(merged, adapter_name)
     configs.pop(adapter_name, None)
     drop_idle_selections(base)
     for key, hook in list(base._forward_pre_hooks.items()):

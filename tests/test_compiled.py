@@ -1,0 +1,45 @@
+"""Blocks with a compiler around them, and without for a while."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from trpts_peft.compiled import COMPILER, without_compilers
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    return torch.compile(module, backend="eager")
+
+
+def model() -> nn.Module:
+    inner = nn.Sequential(nn.ReLU(), compiled(nn.Sequential(nn.Linear(2, 2))))
+    return nn.Sequential(compiled(inner), compiled(nn.Linear(2, 2)), None)
+
+
+def test_names_within_are_those_of_the_model_itself() -> None:
+    both = model()
+    names, blocks = list(both.state_dict()), list(both)
+    with without_compilers(both):
+        inside = list(both.state_dict())
+        assert inside == ["0.1.0.weight", "0.1.0.bias", "1._orig_mod.weight", "1._orig_mod.bias"]  # a linear stays
+    assert list(both) == blocks
+    assert list(both.state_dict()) == names
+    assert [name.replace(COMPILER, "") for name in names[:2]] == inside[:2]
+
+
+def test_compilers_are_back_where_what_runs_within_fails() -> None:
+    both = model()
+    blocks = list(both)
+    with pytest.raises(RuntimeError, match="within"), without_compilers(both):
+        raise RuntimeError("within")
+    assert list(both) == blocks
+
+
+def test_what_was_put_around_a_block_within_stays() -> None:
+    both = model()
+    with without_compilers(both):
+        both[0] = wrapper = nn.Sequential(both[0])
+    assert both[0] is wrapper
+    assert COMPILER in next(iter(both.state_dict()))  # deeper ones are back

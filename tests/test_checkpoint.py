@@ -610,6 +610,14 @@ def test_adapters_are_loaded_into_a_model_with_compiled_blocks(saved: Path, logi
         torch.testing.assert_close(predict(loaded), logits)
 
 
+def test_a_file_may_be_checked_once_the_blocks_are_compiled(saved: Path, logits: Tensor) -> None:
+    base = build_vit()
+    base.load_adapter(str(saved))
+    for index, block in enumerate(base.vit.layers):
+        base.vit.layers[index] = torch.compile(block, backend="eager")
+    assert torch.equal(predict(base.eval()), logits)
+
+
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 @needs_adapter_methods
 def test_a_refused_file_that_was_merged_unseen_is_taken_out_of_the_base(saved: Path, tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from conftest import build_images, build_vit
+from conftest import build_images, build_vit, needs_adapter_methods
 from trpts_peft import TRPTSConfig, apply_token_selection, estimate_cost, set_keep_rate, set_token_selection
-from trpts_peft.vit import keep_rates_in_force
+from trpts_peft.vit import in_millionths, keep_rates_in_force, of_millionths
 
 
 def adapted(keep_rate: float = 0.9, **options: Any) -> PeftModel:
@@ -141,7 +141,9 @@ def load_past_state_dict(model: nn.Module, state: dict[str, Tensor], folder: Pat
 def test_a_rate_that_a_state_dict_brings_is_the_adapters_everywhere(load: Any, copied: bool, tmp_path: Path) -> None:
     model, other = adapted(0.9), adapted(1 / 3)  # which a record in millionths rounds down
     config = model.peft_config["default"]
-    model = copy.deepcopy(model) if copied else model
+    if copied:
+        model.load_state_dict(model.state_dict())  # its tensors were written to before, those of the copy were not
+        model = copy.deepcopy(model)
     (tmp_path / "all").mkdir()
     load(model, other.state_dict(), tmp_path / "all")
     assert torch.equal(predict(model), predict(other))
@@ -178,3 +180,30 @@ def test_a_record_that_is_no_rate_is_not_followed(record: int, tmp_path: Path) -
         model.save_pretrained(tmp_path)
     set_keep_rate(model, 0.9)
     model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("record", [1, 3, 500_000, 333_333, 666_667, 123_457, 999_999, 1_000_000])
+def test_a_record_comes_back_as_it_was(record: int) -> None:
+    assert in_millionths(of_millionths(record)) == record
+    assert of_millionths(in_millionths(2 / 3)) == 2 / 3
+
+
+@needs_adapter_methods
+def test_transformers_loader_may_be_followed_by_another(tmp_path: Path) -> None:
+    adapted(0.9).save_pretrained(tmp_path)
+    vit, other = build_vit(), adapted(0.5)
+    vit.load_adapter(str(tmp_path))
+    predict(vit.eval())  # checks the file
+    vit.load_state_dict(other.get_base_model().state_dict())
+    assert keep_rates_in_force(vit) == {1: 0.5, 2: 0.5}
+    assert torch.equal(predict(vit), predict(other))
+
+
+def test_a_compiled_function_may_set_the_mode() -> None:
+    model = adapted(0.5)
+
+    def evaluated(images: Tensor) -> Tensor:
+        return model.eval()(images).logits
+
+    compiled = torch.compile(evaluated, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(build_images()), predict(model))

@@ -78,7 +78,7 @@ class Settings:
     memory_batch: int = 8
     inference_batches: tuple[int, ...] = (8, 1)
     rounds: int = 31
-    inference_rounds: int = 9
+    inference_rounds: int = 31
     fisher_images: int = 40
     fisher_rounds: int = 6
     shares: tuple[float, ...] = (0.02, 0.05, 0.1, 0.3, 1.0)

@@ -223,7 +223,7 @@ class TRPTSModel(BaseTuner):
 
     def _check_merge(self, layers: list[Any], adapter_names: list[str] | None, safe_merge: bool) -> list[str]:
         """Refuse before any layer is merged; returns the adapters that are merged then, those of before included."""
-        if adapter_names is not None and (isinstance(adapter_names, str) or set(adapter_names) - set(self.peft_config)):
+        if set(adapter_names or ()) - set(self.peft_config):
             raise ValueError(
                 f"`adapter_names` must be a list of adapters of the model, got {adapter_names!r}: it has "
                 f"{list(self.peft_config)}."

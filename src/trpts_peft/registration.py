@@ -82,9 +82,6 @@ def _undone(model: nn.Module) -> Iterator[None]:
     from .compiled import without_compilers
     from .withdrawal import withdrawn_on_failure
 
-    if not isinstance(model, nn.Module):  # PEFT says so
-        yield
-        return
     with without_compilers(model), withdrawn_on_failure(model):
         yield
 

@@ -146,9 +146,7 @@ class AdapterTokenSelection(TokenSelection, TRPTSLayer):
         self.keep_rates[adapter_name] = None if rate is None else repr(float(rate))
         self._awaited.discard(adapter_name)
         if rate is not None:
-            record = torch.tensor(in_millionths(rate), device=self._device())
-            self.trpts_keep_ppm[adapter_name] = record
-            self._followed[adapter_name] = record, version(record)
+            self.trpts_keep_ppm[adapter_name] = torch.tensor(in_millionths(rate), device=self._device())
         elif adapter_name in self.trpts_keep_ppm:
             del self.trpts_keep_ppm[adapter_name]
 

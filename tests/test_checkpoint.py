@@ -588,6 +588,14 @@ def test_a_model_with_compiled_blocks_is_saved_under_its_own_names(tmp_path: Pat
     assert all(type(block).__name__ == "OptimizedModule" for block in blocks)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_config_is_followed_in_other_ways_than_by_its_own_numbers(bias: bool, tmp_path: Path) -> None:
+    model = adapted(build_vit(qkv_bias=bias), min_connections=1, max_connections=5, top_percent=2)
+    assert 3 not in model.peft_config["default"].connections.values()  # halfway, where calibration is to come
+    model.save_pretrained(tmp_path)
+    assert torch.equal(predict(PeftModel.from_pretrained(build_vit(qkv_bias=bias), tmp_path)), predict(model))
+
+
 def compiled_blocks() -> nn.Module:
     base = build_vit()
     for index, block in enumerate(base.vit.layers):
@@ -638,6 +646,19 @@ def test_a_refused_file_that_was_merged_unseen_is_taken_out_of_the_base(saved: P
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
     base.set_adapter("good")
     assert torch.equal(predict(base), expected)
+
+
+def test_a_weight_that_two_linears_share_is_rid_of_a_refused_file(saved: Path, tmp_path: Path) -> None:
+    base = build_vit()
+    base.load_adapter(str(damaged(saved, tmp_path, DAMAGES["values not a number"])))
+    first, second = (base.vit.layers[index].mlp.fc1 for index in (0, 1))
+    second.base_layer.weight = first.base_layer.weight
+    before = first.base_layer.weight.clone()
+    for layer in (first, second):
+        layer.merge()
+    with pytest.raises(ValueError, match="adapter's"):
+        base(build_images())
+    assert torch.equal(base.vit.layers[0].mlp.fc1.weight, before)
 
 
 def test_a_folder_whose_config_was_changed_says_so(saved: Path, tmp_path: Path) -> None:

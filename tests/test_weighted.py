@@ -276,6 +276,7 @@ def test_a_sum_has_the_token_layers_and_the_rate_that_its_parts_have_now(tmp_pat
     for rate in (1.0, 0.5):
         for name in ("a", "b"):
             set_keep_rate(model, rate, name)
+        model.peft_config["a"].keep_rate = 0.7  # which is not followed
         model.base_model.add_weighted_adapter(["a", "b"], [0.5, 0.5], f"at_{rate:g}".replace(".", "_"))
     assert model.peft_config["at_1"].keep_rate == 1.0
     set_keep_rate(model, 0.5, "at_1")

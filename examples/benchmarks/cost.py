@@ -66,7 +66,8 @@ class Settings:
         memory_batch: images of a training step whose memory is counted.
         inference_batches: images of a timed prediction, one table row each.
         rounds: rounds of timed training steps.
-        inference_rounds: rounds of timed predictions.
+        inference_rounds: rounds of timed predictions of the largest batch; smaller ones, which vary more and take less
+            time, four times as many.
         fisher_images: images of one measurement of the Fisher information, in batches of 8.
         fisher_rounds: rounds of those.
         shares: U/in for the table of used columns.
@@ -201,7 +202,8 @@ def inference_rows(settings: Settings, compiled: bool) -> list[dict[str, Any]]:
     for size in settings.inference_batches:
         batch = drawn_batch(size, settings.device)
         actions = {name: inference(_compiled(model) if compiled else model, batch) for name, model in models.items()}
-        seconds = interleaved_seconds(actions, settings.inference_rounds)
+        largest = size == max(settings.inference_batches)
+        seconds = interleaved_seconds(actions, settings.inference_rounds * (1 if largest else 4))
         for name, ideal in promised.items():
             speedup = 1 / median_ratio(seconds[name], seconds["plain"])
             row = {"model": name, "batch": size, "compiled": compiled, "speedup": speedup, "ideal": ideal}

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate import load_checkpoint_in_model
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from conftest import build_images, build_vit, needs_adapter_methods
 from trpts_peft import TRPTSConfig, apply_token_selection, calibrate, estimate_cost, set_keep_rate, set_token_selection
+from trpts_peft.tuner_layer import TRPTSLayer
 from trpts_peft.vit import in_millionths, keep_rates_in_force, of_millionths
 
 
@@ -124,6 +125,8 @@ def test_a_model_that_selects_at_fixed_rates_has_another_call_for_it() -> None:
     apply_token_selection(vit, {1: 0.5})
     with pytest.raises(ValueError, match="`apply_token_selection"):
         set_keep_rate(vit, 0.5)
+    with pytest.raises(ValueError, match="which keeps all of them"):
+        set_keep_rate(get_peft_model(vit, TRPTSConfig(token_layers=0)), 0.5)
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
@@ -189,20 +192,6 @@ def test_a_record_comes_back_as_it_was(record: int) -> None:
     assert of_millionths(in_millionths(2 / 3)) == 2 / 3
 
 
-@needs_adapter_methods
-def test_transformers_loader_may_be_followed_by_another(tmp_path: Path) -> None:
-    model = adapted(0.9, importance="magnitude")
-    calibrate(model, None, probe_head=False, progress=False)
-    model.save_pretrained(tmp_path)
-    vit = build_vit()
-    set_keep_rate(model, 0.5)
-    vit.load_adapter(str(tmp_path))
-    predict(vit.eval())  # checks the file
-    vit.load_state_dict(model.get_base_model().state_dict())
-    assert keep_rates_in_force(vit) == {1: 0.5, 2: 0.5}
-    assert torch.equal(predict(vit), predict(model))
-
-
 def test_a_compiled_function_may_set_the_mode() -> None:
     model = adapted(0.5)
 
@@ -211,3 +200,45 @@ def test_a_compiled_function_may_set_the_mode() -> None:
 
     compiled = torch.compile(evaluated, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(build_images()), predict(model))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, dict[str, Tensor], Tensor]:
+    """The folder of a calibrated adapter, and, at another rate since, its base model's state dict and predictions."""
+    model = adapted(0.9, importance="magnitude")
+    calibrate(model, None, probe_head=False, progress=False)
+    model.save_pretrained(tmp_path)
+    set_keep_rate(model, 0.5)
+    return tmp_path, model.get_base_model().state_dict(), predict(model)
+
+
+@needs_adapter_methods
+@pytest.mark.parametrize("passes", [0, 1])
+def test_transformers_loader_may_be_followed_by_a_state_dict(passes: int, saved: Any) -> None:
+    folder, state, expected = saved
+    vit = build_vit()
+    vit.load_adapter(str(folder))
+    with torch.inference_mode():
+        for _ in range(passes):  # the first one checks the file
+            vit(build_images())
+    vit.load_state_dict(state)
+    assert torch.equal(predict(vit.eval()), expected)
+    assert vit.peft_config["default"].keep_rate == 0.5
+
+
+@pytest.mark.filterwarnings("ignore:Adapter other was active which is now deleted")
+def test_what_was_injected_to_receive_a_file_can_be_listed_and_deleted(saved: Any) -> None:
+    folder, state, expected = saved
+    model = get_peft_model(build_vit(), TRPTSConfig.from_pretrained(folder))
+    assert get_peft_model_state_dict(model).keys() == get_peft_model_state_dict(adapted()).keys()
+    model.add_adapter("other", TRPTSConfig(token_layers=[1, 2], keep_rate=0.9))
+    model.delete_adapter("other")
+    vit = inject_adapter_in_model(TRPTSConfig.from_pretrained(folder), build_vit())
+    vit.load_state_dict(state)
+    assert torch.equal(predict(vit.eval()), expected)
+    with pytest.warns(UserWarning, match="Already found a `peft_config`"):
+        inject_adapter_in_model(TRPTSConfig.from_pretrained(folder), vit, "other")
+    for module in vit.modules():
+        if isinstance(module, TRPTSLayer):
+            module.delete_adapter("other")
+    vit.load_state_dict(state)

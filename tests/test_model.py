@@ -490,6 +490,16 @@ def test_an_adapter_that_is_named_twice_is_merged_once(names: list[str] | None) 
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_disabling_what_is_merged_into_some_linears_is_silent() -> None:
+    model = adapter(modules_to_save=None)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.add_adapter("few", TRPTSConfig(target_modules=["q_proj"], token_layers=0, init_weights=False))
+    model.merge_adapter(["few"])
+    with model.disable_adapter():
+        pass
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
 def test_merging_within_disabling_leaves_no_rate_of_the_merged() -> None:
     model = adapter(token_layers=0, modules_to_save=None)
     model.add_adapter("tokens", TRPTSConfig(token_layers=[1], keep_rate=0.5))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel, PeftType, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 import trpts_peft
@@ -113,9 +113,27 @@ def test_a_process_that_never_imports_the_package(tmp_path: Path) -> None:
 
 
 def test_lora_is_not_touched(tmp_path: Path) -> None:
-    from peft import LoraConfig
-
     model = get_peft_model(build_vit(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(build_vit(), tmp_path)
     assert torch.equal(loaded(build_images()).logits, model(build_images()).logits)
+
+
+def test_lora_is_loaded_into_compiled_blocks_as_before(tmp_path: Path) -> None:
+    def model(seed: int) -> PeftModel:
+        base = build_vit()
+        for index, block in enumerate(base.vit.layers):
+            base.vit.layers[index] = torch.compile(block, backend="eager")
+        torch.manual_seed(seed)
+        config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+        return get_peft_model(base, config).eval()
+
+    images, first, second = build_images(), model(0), model(1)
+    first.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = first(images).logits
+        assert not torch.equal(second(images).logits, expected)
+        second.load_adapter(tmp_path, "default")
+        assert torch.equal(second(images).logits, expected)
+        base = second.unload()
+        assert torch.equal(PeftModel.from_pretrained(base, tmp_path).eval()(images).logits, expected)

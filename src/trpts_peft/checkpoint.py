@@ -283,7 +283,7 @@ def check_config(model: nn.Module, config: TRPTSConfig, adapter_name: str) -> No
     Raises:
         ValueError: something was assigned to the config that the adapter does not follow.
     """
-    made, again = "what the adapter was made with", "assign the former again"
+    own, again = "that of the adapter", "assign the former again"
     token_layers = []
     for index, selection in adapter_selections(model).items():
         rate = selection.own_rate(adapter_name)
@@ -291,21 +291,22 @@ def check_config(model: nn.Module, config: TRPTSConfig, adapter_name: str) -> No
             token_layers.append(index)
             if in_millionths(rate) != in_millionths(config.keep_rate):
                 remedy = f"call `trpts_peft.set_keep_rate`, or {again}"
-                _refuse("config.keep_rate", f"{made}, {rate:g}", config.keep_rate, remedy)
+                _refuse("config.keep_rate", f"{own}, {rate:g}", config.keep_rate, remedy)
             record = selection.trpts_keep_ppm[adapter_name]
-            if not record.is_meta and int(record) != in_millionths(rate):
+            here = not record.is_meta and adapter_name not in selection.awaited
+            if here and int(record) != in_millionths(rate):
                 rule = f"the rate in millionths, {in_millionths(rate)}"
                 remedy = "after a loader that exchanges tensors call `model.eval()`, or `trpts_peft.set_keep_rate`"
                 _refuse("trpts_keep_ppm", rule, int(record), remedy)
     if token_layers != sorted(config.fixed_token_layers):
-        _refuse("config.token_layers", f"{made}, {token_layers}", sorted(config.fixed_token_layers), again)
+        _refuse("config.token_layers", f"{own}, {token_layers}", sorted(config.fixed_token_layers), again)
     for _, layer in adapted_linears(model, adapter_name):
         trains_bias = adapter_name in layer.trpts_bias
         if layer.base_layer.bias is not None and trains_bias != config.train_bias:
-            _refuse("config.train_bias", f"{made}, {trains_bias}", config.train_bias, again)
+            _refuse("config.train_bias", f"{own}, {trains_bias}", config.train_bias, again)
         count = layer.trpts_columns[adapter_name].shape[1]
         if config.connections is None and count != (initial := min(config.initial_connections, layer.in_features)):
-            _refuse("config.min_connections", f"{made}: {count} inputs per neuron", initial, again)
+            _refuse("config.min_connections", f"{own}: {count} inputs per neuron", initial, again)
 
 
 def _check_token_layers(

@@ -9,6 +9,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from .adapters import find_adapter
+from .tuner_layer import TRPTSLayer
 from .vit import adapter_selections, token_selections
 
 __all__ = ["set_keep_rate"]
@@ -30,7 +31,7 @@ def set_keep_rate(model: nn.Module, keep_rate: float, adapter_name: str | None =
             with another one, which would keep more or fewer. Nothing is changed.
     """
     model = extract_model_from_parallel(model, keep_torch_compile=False)  # a compiled one follows
-    if token_selections(model) and not adapter_selections(model):
+    if token_selections(model) and not any(isinstance(module, TRPTSLayer) for module in model.modules()):
         raise ValueError(
             "`model` must select tokens by an adapter, got one that does at fixed rates, as behind "
             "`merge_and_unload()`: call `apply_token_selection(model, {block: rate})`."

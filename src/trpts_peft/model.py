@@ -98,7 +98,8 @@ class TRPTSModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adapt the targeted linears, and let the known token layers select tokens."""
         check_adapter_name(model, adapter_name)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        with without_compilers(model):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = cast(TRPTSConfig, self.peft_config[adapter_name])
         cast(Any, model).peft_config = self.peft_config  # as PEFT does behind this; token selections hold on to it
         install_keep_rates(model, adapter_name, dict.fromkeys(config.fixed_token_layers, config.keep_rate))
@@ -202,8 +203,9 @@ class TRPTSModel(BaseTuner):
 
     def disable_adapter_layers(self) -> None:
         """As of any method; what is merged is unmerged first, in the order that two which share a weight need."""
-        if any(layer.merged for layer in tuner_layers(self.model)):
-            self.unmerge_adapter()
+        merged = [layer for layer in tuner_layers(self.model) if layer.merged]
+        _check_present(merged)
+        on_each(reversed(merged), lambda layer: layer.unmerge())
         super().disable_adapter_layers()
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:

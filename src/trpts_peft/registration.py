@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import Any, cast
 
@@ -80,9 +80,12 @@ def _is_kept_in_16_bits(model: PeftModel, adapter_name: str) -> bool:
 def _undone(model: nn.Module) -> Iterator[None]:
     # Looked up in each call: the package may have been loaded anew since PEFT was wrapped.
     from .compiled import without_compilers
+    from .model import TRPTSModel
     from .withdrawal import withdrawn_on_failure
 
-    with without_compilers(model), withdrawn_on_failure(model):
+    # Other methods' files have the names of what a compiler has wrapped.
+    is_ours = isinstance(getattr(model, "base_model", None), TRPTSModel)
+    with without_compilers(model) if is_ours else nullcontext(), withdrawn_on_failure(model):
         yield
 
 

@@ -77,6 +77,8 @@ class TokenSelection(nn.Module):
 def _follow_loaded_rates(selection: nn.Module, _incompatible_keys: object) -> None:
     """Put the rates that any `load_state_dict` has brought in force."""
     assert isinstance(selection, AdapterTokenSelection)
+    records = selection.trpts_keep_ppm
+    selection.awaited = {name for name in selection.awaited if records[name].is_meta or int(records[name]) < 0}
     selection.follow_records()
 
 
@@ -98,7 +100,7 @@ class AdapterTokenSelection(TokenSelection, TRPTSLayer):
         # The rate in millionths, for the file: an adapter can be told from one with other token layers.
         self.trpts_keep_ppm = BufferDict(persistent=True)
         self._followed: dict[str, tuple[Tensor, int]] = {}  # the records that were looked at, and their version
-        self._awaited: set[str] = set()  # adapters whose records are yet to come from a file, and to be checked
+        self.awaited: set[str] = set()  # adapters whose records are yet to come from a file, and to be checked
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
@@ -144,7 +146,7 @@ class AdapterTokenSelection(TokenSelection, TRPTSLayer):
     def set_rate(self, adapter_name: str, rate: float | None) -> None:
         """Set the rate of an adapter here; None if it selects nothing in this block."""
         self.keep_rates[adapter_name] = None if rate is None else repr(float(rate))
-        self._awaited.discard(adapter_name)
+        self.awaited.discard(adapter_name)
         if rate is not None:
             self.trpts_keep_ppm[adapter_name] = torch.tensor(in_millionths(rate), device=self._device())
         elif adapter_name in self.trpts_keep_ppm:
@@ -155,7 +157,7 @@ class AdapterTokenSelection(TokenSelection, TRPTSLayer):
         for name, record in self.trpts_keep_ppm.items():
             rate = self.own_rate(name)
             there = type(record) is Tensor and not record.is_meta  # and does not stand for another
-            if rate is None or not there or name in self._awaited or is_unchanged(record, self._followed.get(name)):
+            if rate is None or not there or name in self.awaited or is_unchanged(record, self._followed.get(name)):
                 continue
             self._followed[name] = record, version(record)  # to look into it makes a GPU wait
             if int(record) != in_millionths(rate) and 0 < int(record) <= _MILLION:
@@ -185,10 +187,10 @@ class AdapterTokenSelection(TokenSelection, TRPTSLayer):
         """Put a value that no file holds where a loader has to put the file's."""
         if adapter_name in self.trpts_keep_ppm:
             self.trpts_keep_ppm[adapter_name] = torch.tensor(-1)
-            self._awaited.add(adapter_name)
+            self.awaited.add(adapter_name)
 
     def expect_no_file(self, adapter_name: str) -> None:
-        """Take `expect_file` back; what has come meanwhile was checked."""
+        """Take `expect_file` back."""
         self.set_rate(adapter_name, self.own_rate(adapter_name))
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdapterTokenSelection:
@@ -216,6 +218,7 @@ class AdapterTokenSelection(TokenSelection, TRPTSLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget the adapter; blocks in which no other one selects tokens get their stock classes back."""
         super().delete_adapter(adapter_name)
+        self.awaited.discard(adapter_name)
         refresh_classes(self._blocks)
 
     @property

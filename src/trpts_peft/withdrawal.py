@@ -13,12 +13,12 @@ from peft.functional import set_adapter
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from .checkpoint import adapted_linears, check_adapter, parts_of
+from .checkpoint import adapted_linears, check_adapter
 from .compiled import without_compilers
 from .config import TRPTSConfig
 from .layer import TRPTSLinear
 from .tuner_layer import TRPTSLayer
-from .vit import drop_idle_selections
+from .vit import adapter_selections, drop_idle_selections
 
 __all__ = ["LoadCheck", "restore_modules", "restore_trainable", "trainable_names", "withdrawn_on_failure"]
 
@@ -62,8 +62,8 @@ class LoadCheck:
             layer.refresh(self.adapter_name)
             if layer.is_chosen(self.adapter_name):  # else no loader has put anything there
                 layer.fresh.pop(self.adapter_name, None)
-        for part in parts_of(model, self.adapter_name):
-            part.expect_no_file(self.adapter_name)
+        for selection in adapter_selections(model).values():
+            selection.awaited.discard(self.adapter_name)
         for key, hook in list(model._forward_pre_hooks.items()):  # last: until then other threads wait for what it does
             if hook is self:
                 del model._forward_pre_hooks[key]

@@ -566,6 +566,17 @@ def test_unload_returns_the_untouched_base() -> None:
     assert_stock(model.unload())
 
 
+def test_unload_of_a_model_whose_blocks_were_compiled_meanwhile() -> None:
+    base = build_vit()
+    base.vit.embeddings.requires_grad_(False)
+    trained = [parameter.requires_grad for parameter in base.parameters()]
+    model = adapter(base)
+    blocks = base.vit.layers
+    for index, block in enumerate(blocks):
+        blocks[index] = torch.compile(block, backend="eager")
+    assert [parameter.requires_grad for parameter in model.unload().parameters()] == trained
+
+
 def test_unload_of_a_merged_adapter() -> None:
     model = adapter(modules_to_save=None)
     model.merge_adapter()

@@ -14,7 +14,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from .checkpoint import adapted_linears, check_adapter
-from .compiled import without_compilers
+from .compiled import COMPILER, without_compilers
 from .config import TRPTSConfig
 from .layer import TRPTSLinear
 from .tuner_layer import TRPTSLayer
@@ -189,11 +189,11 @@ def restore_modules(base: nn.Module) -> None:
 
 
 def trainable_names(model: nn.Module) -> frozenset[str]:
-    """Names, not tensors: what is put back in their places trains as they did."""
-    return frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    """Names, not tensors: what is put back in their places trains as they did, compiled meanwhile or not."""
+    return frozenset(name.replace(COMPILER, "") for name, p in model.named_parameters() if p.requires_grad)
 
 
 def restore_trainable(base: nn.Module, trainable: frozenset[str]) -> None:
     """Let exactly the parameters of these names train."""
     for name, parameter in base.named_parameters():
-        parameter.requires_grad_(name in trainable)
+        parameter.requires_grad_(name.replace(COMPILER, "") in trainable)

@@ -13,11 +13,12 @@ from accelerate import load_checkpoint_in_model
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from conftest import build_images, build_vit, needs_adapter_methods
 from trpts_peft import TRPTSConfig, apply_token_selection, calibrate, estimate_cost, set_keep_rate, set_token_selection
 from trpts_peft.tuner_layer import TRPTSLayer
-from trpts_peft.vit import in_millionths, keep_rates_in_force, of_millionths
+from trpts_peft.vit import adapter_selections, in_millionths, keep_rates_in_force, of_millionths
 
 
 def adapted(keep_rate: float = 0.9, **options: Any) -> PeftModel:
@@ -240,3 +241,14 @@ def test_what_was_injected_to_receive_a_file_can_be_listed_and_deleted(saved: An
         if isinstance(module, TRPTSLayer):
             module.delete_adapter("other")
     vit.load_state_dict(state)
+
+
+def test_a_record_without_an_entry_is_not_looked_into() -> None:
+    model = adapted(0.5).to("meta").eval()
+    assert keep_rates_in_force(model) == {1: 0.5, 2: 0.5}
+    fake = adapted(0.5)
+    with FakeTensorMode() as mode:
+        for selection in adapter_selections(fake.get_base_model()).values():
+            selection.trpts_keep_ppm["default"] = mode.from_tensor(selection.trpts_keep_ppm["default"])
+            selection.eval()
+    assert keep_rates_in_force(fake) == {1: 0.5, 2: 0.5}

@@ -618,6 +618,55 @@ def test_adapters_are_loaded_into_a_model_with_compiled_blocks(saved: Path, logi
         torch.testing.assert_close(predict(loaded), logits)
 
 
+def test_a_head_that_was_compiled_takes_the_files(saved: Path, logits: Tensor, tmp_path: Path) -> None:
+    base = compiled_blocks()
+    base.classifier = torch.compile(base.classifier, backend="eager")
+    model = PeftModel.from_pretrained(base, saved).eval()
+    assert torch.equal(predict(model), logits)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(predict(PeftModel.from_pretrained(build_vit(), tmp_path).eval()), logits)
+
+
+def test_weights_kept_in_memory_are_put_back_into_compiled_blocks(saved: Path, logits: Tensor) -> None:
+    model = PeftModel.from_pretrained(compiled_blocks(), saved).eval()
+    best = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
+    randomize(model, 1)
+    assert not torch.equal(predict(model), logits)
+    set_peft_model_state_dict(model, best)
+    assert torch.equal(predict(model), logits)
+
+
+def test_a_refused_file_is_taken_out_where_the_active_adapter_was_deleted(tmp_path: Path) -> None:
+    model = get_peft_model(build_vit(), TRPTSConfig(target_modules=["fc1"]))
+    model.save_pretrained(tmp_path)
+    damaged(tmp_path, tmp_path, _fill(f"{LINEAR}.trpts_values", float("nan")))
+    model.delete_adapter("default")
+    with pytest.raises(ValueError, match="must be finite"):
+        model.load_adapter(tmp_path, "second")
+    assert not [name for name in model.state_dict() if "trpts_" in name]
+    assert list(model.peft_config) == []
+
+
+def test_transformers_loads_no_file_into_compiled_blocks_and_says_so(saved: Path) -> None:
+    base = compiled_blocks()
+    before = list(base.state_dict())
+    base.load_adapter(str(saved))
+    (check,) = base._forward_pre_hooks.values()
+    for _ in ("the first pass", "one that has waited for it"):
+        with pytest.raises(ValueError, match="Blocks were compiled before: load the adapter first"):
+            check(base, ())
+    assert list(base.state_dict()) == before
+
+
+def test_blocks_compiled_after_a_file_was_loaded_are_not_why_it_is_refused(saved: Path, tmp_path: Path) -> None:
+    base = build_vit()
+    base.load_adapter(str(damaged(saved, tmp_path, DAMAGES["values not a number"])))
+    base.vit.layers[0] = torch.compile(base.vit.layers[0], backend="eager")
+    with pytest.raises(ValueError, match="must be finite") as refusal:
+        base(build_images())
+    assert "compiled" not in str(refusal.value)
+
+
 def test_a_file_may_be_checked_once_the_blocks_are_compiled(saved: Path, logits: Tensor) -> None:
     base = build_vit()
     base.load_adapter(str(saved))

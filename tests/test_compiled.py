@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from trpts_peft.compiled import COMPILER, without_compilers
+from trpts_peft.compiled import COMPILER, has_compilers, without_compilers
 
 
 def compiled(module: nn.Module) -> nn.Module:
@@ -27,6 +28,19 @@ def test_names_within_are_those_of_the_model_itself() -> None:
     assert list(both) == blocks
     assert list(both.state_dict()) == names
     assert [name.replace(COMPILER, "") for name in names[:2]] == inside[:2]
+
+
+def test_a_linear_that_is_trained_whole_has_the_models_own_names_too() -> None:
+    head = nn.Sequential(ModulesToSaveWrapper(compiled(nn.Linear(2, 2)), "default"))
+    names = list(head.state_dict())
+    with without_compilers(head):
+        assert list(head.state_dict()) == [name.replace(COMPILER, "") for name in names]
+    assert list(head.state_dict()) == names
+
+
+def test_whether_there_is_a_compiler() -> None:
+    assert has_compilers(model())
+    assert not has_compilers(nn.Sequential(nn.Linear(2, 2)))
 
 
 def test_compilers_are_back_where_what_runs_within_fails() -> None:

@@ -134,6 +134,12 @@ def load_state(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None
     model.load_state_dict(state)
 
 
+def load_in_place(model: nn.Module, state: dict[str, Tensor], _folder: Path) -> None:
+    """As `torch.distributed.checkpoint.load` does."""
+    for name, tensor in model.state_dict().items():
+        tensor.copy_(state[name])
+
+
 def load_past_state_dict(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
     save_file({key: tensor.contiguous() for key, tensor in state.items()}, folder / "model.safetensors")
     load_checkpoint_in_model(model, folder, device_map={"": "cpu"})
@@ -224,6 +230,29 @@ def test_transformers_loader_may_be_followed_by_another(passes: int, load: Any, 
             vit(build_images())
     (folder / "all").mkdir()
     load(vit, state, folder / "all")
+    assert torch.equal(predict(vit.eval()), expected)
+    assert vit.peft_config["default"].keep_rate == 0.5
+
+
+@pytest.mark.parametrize("load", [load_state, load_past_state_dict, load_in_place])
+def test_the_first_pass_of_an_injected_adapter_leaves_the_rate_that_came(load: Any, saved: Any) -> None:
+    folder, state, expected = saved
+    vit = inject_adapter_in_model(TRPTSConfig.from_pretrained(folder), build_vit())
+    (folder / "all").mkdir()
+    load(vit, state, folder / "all")
+    for _ in range(2):
+        assert torch.equal(predict(vit.eval()), expected)
+    assert vit.peft_config["default"].keep_rate == 0.5
+
+
+@needs_adapter_methods
+def test_an_adapter_that_takes_the_place_of_a_deleted_one_is_followed(saved: Any) -> None:
+    folder, state, expected = saved
+    vit = build_vit()
+    vit.load_adapter(str(folder))
+    vit.delete_adapter("default")
+    vit.load_adapter(str(folder))
+    vit.load_state_dict(state)
     assert torch.equal(predict(vit.eval()), expected)
     assert vit.peft_config["default"].keep_rate == 0.5
 

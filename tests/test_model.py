@@ -577,6 +577,14 @@ def test_unload_of_a_model_whose_blocks_were_compiled_meanwhile() -> None:
     assert [parameter.requires_grad for parameter in model.unload().parameters()] == trained
 
 
+def test_unload_gives_the_base_its_own_head_where_the_trained_one_was_compiled() -> None:
+    model = adapter()
+    train_step(model)
+    base = model.get_base_model()
+    base.classifier = torch.compile(base.classifier, backend="eager")
+    assert_stock(model.unload())
+
+
 def test_unload_of_a_merged_adapter() -> None:
     model = adapter(modules_to_save=None)
     model.merge_adapter()

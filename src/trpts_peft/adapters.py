@@ -7,6 +7,7 @@ from torch import nn
 
 from .config import TRPTSConfig
 from .layer import TRPTSLinear
+from .traversal import base_of
 
 __all__ = ["find_adapter"]
 
@@ -21,7 +22,7 @@ def find_adapter(model: nn.Module, adapter_name: str | None) -> tuple[nn.Module,
     Raises:
         ValueError: there is no such adapter, or none is the active one.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     configs = getattr(model, "peft_config", None)
     inner = next((name for name, module in model.named_modules() if name and isinstance(module, PeftModel)), None)
     if configs is None and inner is not None:

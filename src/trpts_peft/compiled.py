@@ -7,26 +7,35 @@ from contextlib import contextmanager
 from typing import Any
 
 from accelerate.utils import is_compiled_module
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-__all__ = ["COMPILER", "without_compilers"]
+__all__ = ["COMPILER", "has_compilers", "without_compilers"]
 
 COMPILER = "_orig_mod."  # in the names of what lies in a block that `torch.compile(block)` has wrapped
+
+
+def has_compilers(model: nn.Module) -> bool:
+    """Whether `torch.compile` has wrapped some part of the model."""
+    return any(is_compiled_module(module) for module in model.modules())
 
 
 @contextmanager
 def without_compilers(model: nn.Module) -> Iterator[None]:
     """Within, a block that `torch.compile(block)` has wrapped stands in its own place, and adapters can be put into it.
 
-    A linear that is wrapped itself stays so: it cannot be adapted, which whoever meets it says.
+    A linear that is wrapped itself stays so, unless it is trained whole: it cannot be adapted, which whoever meets it
+    says.
     """
+    wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    trained_whole = {id(part) for wrapper in wrappers for part in wrapper.modules()}
     wrapped: list[tuple[nn.Module, str, Any]] = [
         (parent, name, child)
         for parent in list(model.modules())
         for name, child in parent._modules.items()
         if child is not None
         and is_compiled_module(child)
-        and not isinstance(child.get_submodule("_orig_mod"), nn.Linear)
+        and (id(parent) in trained_whole or not isinstance(child.get_submodule("_orig_mod"), nn.Linear))
     ]
     for parent, name, child in wrapped:
         parent._modules[name] = child._orig_mod

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from .families import find_family, is_of_family
 from .fisher import FisherCollector, FisherScores, LossFn, eval_mode, logits_of, per_sample_cross_entropy
 from .head import Head, check_head
 from .layer import TRPTSLinear
+from .traversal import base_of
 from .vit import token_selections
 
 __all__ = ["bare_base", "base_weights", "collect_features", "estimate_fisher", "measure", "targeted_linears"]
@@ -106,7 +106,7 @@ def _check_not_compiled(name: str) -> None:
 def bare_base(model: nn.Module) -> nn.Module:
     """The base model, with nothing around it or around the PeftModel that holds it."""
     check_bare(model)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     check_bare(base)
     return base
 

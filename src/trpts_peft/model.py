@@ -25,7 +25,7 @@ from .checkpoint import (
     unpack_columns,
     without_base_tensors,
 )
-from .compiled import COMPILER, without_compilers
+from .compiled import COMPILER, has_compilers, without_compilers
 from .config import TRPTSConfig
 from .data import check_loading, check_whole
 from .families import FAMILIES
@@ -72,7 +72,8 @@ class TRPTSModel(BaseTuner):
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
         if isinstance(peft_config, TRPTSConfig):
             # Injected without a PeftModel, perhaps by transformers' `load_adapter`, which calls none of our hooks.
-            model.register_forward_pre_hook(LoadCheck(adapter_name, self.trainable_before, active))
+            check = LoadCheck(adapter_name, self.trainable_before, active, has_compilers(model))
+            model.register_forward_pre_hook(check)
             if peft_config.connections is not None:
                 for part in parts_of(model, adapter_name):
                     part.expect_file(adapter_name)
@@ -332,7 +333,8 @@ class TRPTSModel(BaseTuner):
         """Return the base model as it was before any adapter, its own head and what was trainable included."""
         if any(module.merged for module in self.model.modules() if isinstance(module, TRPTSLinear)):
             self.unmerge_adapter()
-        restore_modules(self.model)
+        with without_compilers(self.model):  # a compiler that is left around a head goes on with the one it was given
+            restore_modules(self.model)
         model: nn.Module = super().unload()
         remove_token_selection(model)
         restore_trainable(model, self.trainable_before)
@@ -377,6 +379,17 @@ class TRPTSModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
+        with without_compilers(model):
+            tensors = cls._checked(model, config, adapter_name, state_dict)
+        names = {name.replace(COMPILER, ""): name for name in model.state_dict()} if has_compilers(model) else {}
+        return {names.get(name, name): tensor for name, tensor in tensors.items()}
+
+    @classmethod
+    def _checked(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The tensors of a file under the names that they have in the model itself, as memory holds them."""
+        state_dict = {name.replace(COMPILER, ""): tensor for name, tensor in state_dict.items()}
         tensors: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         tensors = without_base_tensors(model, tensors)
         check_file(model, config, adapter_name, tensors)

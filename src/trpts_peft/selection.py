@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from .config import TRPTSConfig
@@ -17,6 +16,7 @@ from .families import block_of, count_vits, find_blocks, find_family
 from .fisher import FisherScores
 from .functional import allocate_connections, top_connections, top_counts
 from .token_layers import check_token_layers
+from .traversal import base_of
 
 __all__ = ["Selection", "check_feasible", "select", "unit_of"]
 
@@ -94,7 +94,7 @@ def select(scores: FisherScores, config: TRPTSConfig, model: nn.Module) -> Selec
     """
     config = config.checked()
     _check_scores(scores)
-    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    model = base_of(model)
     units = {name: unit_of(name, config.allocation_unit) for name in scores}
     shapes = {name: (score.shape[0], score.shape[1]) for name, score in scores.items()}
     check_feasible(config, shapes, model)

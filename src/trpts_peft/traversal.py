@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from torch import nn
 
 from .tuner_layer import TRPTSLayer
 
-__all__ = ["Found", "find_modules", "is_offloaded", "on_each", "tuner_layers"]
+__all__ = ["Found", "base_of", "find_modules", "is_offloaded", "on_each", "tuner_layers"]
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The model inside a PeftModel, or the model itself; PEFT's own way stops where the active adapter was deleted."""
+    inner = model.base_model if isinstance(model, PeftModel) else model
+    return inner.model if isinstance(inner, BaseTuner) else inner
 
 
 def tuner_layers(model: nn.Module) -> list[Any]:

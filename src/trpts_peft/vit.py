@@ -74,11 +74,16 @@ class TokenSelection(nn.Module):
         return select_and_merge(hidden_states, importance, 1.0 if rate is None else rate, self.num_prefix_tokens)
 
 
+def _is_rate(record: Tensor) -> bool:
+    """Whether a loader has put one where `expect_file` has put none."""
+    return not record.is_meta and int(record) >= 0
+
+
 def _follow_loaded_rates(selection: nn.Module, _incompatible_keys: object) -> None:
     """Put the rates that any `load_state_dict` has brought in force."""
     assert isinstance(selection, AdapterTokenSelection)
     records = selection.trpts_keep_ppm
-    selection.awaited = {name for name in selection.awaited if records[name].is_meta or int(records[name]) < 0}
+    selection.awaited = {name for name in selection.awaited if not _is_rate(records[name])}
     selection.follow_records()
 
 
@@ -167,6 +172,10 @@ class AdapterTokenSelection(TokenSelection, TRPTSLayer):
                     self._configs[name] = copy.copy(self._configs[name])
                     self._configs[name].keep_rate = rate
 
+    def follow_configs(self, model: nn.Module) -> None:
+        """Take the configs of the model's adapters for those to bring up to date; transformers exchanges the dict."""
+        self._configs = getattr(model, "peft_config", self._configs)
+
     def train(self, mode: bool = True) -> AdapterTokenSelection:
         """As of any module; follows what a loader has left behind that exchanged tensors past `load_state_dict`."""
         if not torch.compiler.is_compiling():
@@ -190,8 +199,12 @@ class AdapterTokenSelection(TokenSelection, TRPTSLayer):
             self.awaited.add(adapter_name)
 
     def expect_no_file(self, adapter_name: str) -> None:
-        """Take `expect_file` back."""
-        self.set_rate(adapter_name, self.own_rate(adapter_name))
+        """Take `expect_file` back, unless it was answered."""
+        if adapter_name in self.trpts_keep_ppm and _is_rate(self.trpts_keep_ppm[adapter_name]):
+            self.awaited.discard(adapter_name)
+            self.follow_records()
+        else:
+            self.set_rate(adapter_name, self.own_rate(adapter_name))
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdapterTokenSelection:
         """As of any module, but rates stay whole numbers."""
@@ -315,6 +328,7 @@ def install_keep_rates(model: nn.Module, adapter_name: str, rates: Mapping[int, 
             setattr(block, CHILD, _new_selection(model))
         selection = getattr(block, CHILD, None)
         if isinstance(selection, AdapterTokenSelection):
+            selection.follow_configs(model)
             selection.set_rate(adapter_name, rates.get(index))
     drop_idle_selections(model)
 

@@ -17,19 +17,23 @@ from .checkpoint import adapted_linears, check_adapter
 from .compiled import COMPILER, without_compilers
 from .config import TRPTSConfig
 from .layer import TRPTSLinear
+from .traversal import base_of
 from .tuner_layer import TRPTSLayer
 from .vit import adapter_selections, drop_idle_selections
 
 __all__ = ["LoadCheck", "restore_modules", "restore_trainable", "trainable_names", "withdrawn_on_failure"]
 
+# transformers' loader looks in the file for the names that the linears have in the wrappers.
+_COMPILED = " Blocks were compiled before: load the adapter first, or by `PeftModel.from_pretrained`."
 _checking = threading.Lock()  # of all checks, not of each, which could be neither copied nor pickled
 
 
 class LoadCheck:
     """Forward pre-hook of a model that an adapter was injected into directly: checks it once, before the first pass."""
 
-    def __init__(self, adapter_name: str, trainable: frozenset[str], active: tuple[str, ...]) -> None:
+    def __init__(self, adapter_name: str, trainable: frozenset[str], active: tuple[str, ...], compiled: bool) -> None:
         self.adapter_name = adapter_name
+        self.compiled = compiled  # whether some blocks were already, when the adapter came
         self.trainable = trainable  # names of the parameters that trained before the adapter came
         self.active = active  # the adapters that were in force
         self.refused: str | None = None  # why; for passes that have waited for it, and would go on without the adapter
@@ -55,9 +59,11 @@ class LoadCheck:
             if isinstance(config, TRPTSConfig):
                 check_adapter(model, config, self.adapter_name)
         except Exception as error:
-            self.refused = str(error)
+            self.refused = f"{error}{_COMPILED}" if self.compiled and isinstance(error, ValueError) else str(error)
             withdraw(model, self.adapter_name, active=self.active)
-            raise
+            if self.refused == str(error):
+                raise
+            raise ValueError(self.refused) from error
         for _, layer in adapted_linears(model, self.adapter_name):
             layer.refresh(self.adapter_name)
             if layer.is_chosen(self.adapter_name):  # else no loader has put anything there
@@ -135,7 +141,7 @@ def withdraw(
         trainable: names of the parameters that trained before; None: as noted when the first adapter came.
     """
     trainable = _trainable_before(model) if trainable is None else trainable
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     configs: dict[str, Any] = getattr(base, "peft_config", {})
     others = [name for name in configs if name != adapter_name]
     merged = _unmerged(base)  # it may have been merged before anyone has looked at it

@@ -38,7 +38,7 @@ def tiny(monkeypatch):
 
 @pytest.fixture
 def results(tiny):
-    settings = cost.Settings(rounds=1, inference_rounds=1, fisher_images=2, shares=(0.1,), compiled=False)
+    settings = cost.Settings(rounds=1, bar_rounds=2, inference_rounds=1, fisher_images=2, shares=(0.1,), compiled=False)
     return cost.measure_all(settings)
 
 
@@ -98,6 +98,10 @@ def test_every_table_is_filled_and_every_bar_is_judged(results, capsys, tmp_path
     assert disk == {"float32": 6.0, "bfloat16": 4.0}
     by_method = {row["method"]: row for row in results["training"]}
     assert by_method["frozen"]["kept_bytes"] < by_method["TR-PTS"]["kept_bytes"] < by_method["full"]["kept_bytes"]
+    assert {name for name, row in by_method.items() if len(row["seconds"]) == 1 + 2} == set(cost.COMPARED)
+    assert all(len(row["seconds"]) == 1 for row in results["mixed"])
+    linear, frozen = by_method["linear"], by_method["frozen"]
+    assert linear["step_to_frozen"] == linear["seconds"][0] / frozen["seconds"][0]
     assert all(row["peak_bytes"] >= row["kept_bytes"] / 2 for row in results["training"])
     (fisher,) = results["fisher"]
     assert fisher["sum_bytes"] == 8 * BLOCKS * (4 * WIDTH**2 + 2 * WIDTH * 80)

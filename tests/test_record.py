@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -48,6 +49,35 @@ def naive_trace(family: str, pixel_values: Tensor) -> dict[int, list[tuple[list[
                 trace[index].append((own, homes, importance))
             hidden = naive_transform(block, hidden)
     return trace
+
+
+def _in_place(model: Any) -> Any:
+    for _, block in find_blocks(model):
+        block.compile(backend="eager")
+    return model
+
+
+def _block_by_block(model: Any) -> Any:
+    for index, block in enumerate(model.vit.layers):
+        model.vit.layers[index] = torch.compile(block, backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("compile_model", [_in_place, _block_by_block, partial(torch.compile, backend="eager")])
+@pytest.mark.parametrize("passes", [0, 1])
+@torch.no_grad()
+def test_record_of_a_compiled_model(compile_model: Any, passes: int) -> None:
+    torch.compiler.reset()
+    model = compile_model(reduced())
+    for _ in range(passes):
+        model(build_images(2))
+    with record_tokens(model) as record, record_tokens(plain := reduced()) as expected:
+        model(build_images(2))
+        plain(build_images(2))
+    assert sorted(record) == sorted(RATES)
+    for block in RATES:
+        assert record[block].merged == expected[block].merged
+        assert all(torch.equal(mine, its) for mine, its in zip(record[block].kept, expected[block].kept, strict=True))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -265,6 +265,19 @@ def test_compiles_in_one_graph(family: str, context: Any) -> None:
         torch.testing.assert_close(compiled(build_images()).logits, predict(model), rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_selects_where_an_attention_was_compiled_before() -> None:
+    model = build_vit()
+    for block in model.vit.layers:
+        block.attention = torch.compile(block.attention, backend="eager")
+    expected = build_vit()
+    for other in (model, expected):
+        apply_token_selection(other, {1: 0.5})
+    torch.testing.assert_close(model(build_images()).logits, expected(build_images()).logits)
+    apply_token_selection(model, {})
+    torch.testing.assert_close(model(build_images()).logits, build_vit()(build_images()).logits)
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_trains_compiled_when_the_rate_changes(dynamic: bool | None) -> None:
     torch._dynamo.reset()

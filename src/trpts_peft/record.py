@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .compiled import COMPILER
 from .families import find_blocks
 from .vit import token_selections
 
@@ -71,7 +72,8 @@ def record_tokens(model: nn.Module) -> Iterator[TokenRecord]:
         model: a model that selects tokens, wrapped by PEFT or not.
 
     Yields:
-        A record that fills up as the model runs: samples are appended in the order in which they pass.
+        A record that fills up as the model runs: samples are appended in the order in which they pass. Compiled models
+        run eagerly meanwhile.
 
     Raises:
         ValueError: no block of the model selects tokens; or, at a forward pass, it trains with gradient
@@ -97,10 +99,12 @@ def record_tokens(model: nn.Module) -> Iterator[TokenRecord]:
         record._start_pass()
 
     handles = [selection.register_forward_hook(watch(block)) for block, selection in selections.items()]  # type: ignore[arg-type]
-    firsts = {name.rpartition(".")[0]: block for name, block in reversed(find_blocks(model))}  # one for each ViT
+    blocks = [(f"{name}.".replace(COMPILER, "")[:-1], block) for name, block in find_blocks(model)]
+    firsts = {name.rpartition(".")[0]: block for name, block in reversed(blocks)}  # one for each ViT
     handles.extend(block.register_forward_pre_hook(start_pass) for block in firsts.values())
     try:
-        yield record
+        with torch.compiler.set_stance("force_eager"):  # what was compiled before does not heed hooks
+            yield record
     finally:
         for handle in handles:
             handle.remove()

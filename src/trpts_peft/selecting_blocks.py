@@ -109,4 +109,5 @@ def refresh_classes(blocks: tuple[nn.Module, ...]) -> None:
         selects = selection is not None and selection.selects
         behind = behind or selects
         become(block, layer_class if behind else family.layer_class)
-        become(block.attention, attention_class if selects else family.attention_class)
+        attention = getattr(block.attention, "_orig_mod", block.attention)  # a compiler around it has no such class
+        become(attention, attention_class if selects else family.attention_class)

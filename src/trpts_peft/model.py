@@ -389,7 +389,6 @@ class TRPTSModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """The tensors of a file under the names that they have in the model itself, as memory holds them."""
-        state_dict = {name.replace(COMPILER, ""): tensor for name, tensor in state_dict.items()}
         tensors: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         tensors = without_base_tensors(model, tensors)
         check_file(model, config, adapter_name, tensors)

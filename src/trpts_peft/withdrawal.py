@@ -59,11 +59,11 @@ class LoadCheck:
             if isinstance(config, TRPTSConfig):
                 check_adapter(model, config, self.adapter_name)
         except Exception as error:
-            self.refused = f"{error}{_COMPILED}" if self.compiled and isinstance(error, ValueError) else str(error)
+            self.refused = f"{error}{_COMPILED}" if self.compiled else str(error)
             withdraw(model, self.adapter_name, active=self.active)
-            if self.refused == str(error):
-                raise
-            raise ValueError(self.refused) from error
+            if self.compiled:
+                raise ValueError(self.refused) from error
+            raise
         for _, layer in adapted_linears(model, self.adapter_name):
             layer.refresh(self.adapter_name)
             if layer.is_chosen(self.adapter_name):  # else no loader has put anything there

@@ -8,11 +8,13 @@ import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import compile_regions
 from peft import (
     LoraConfig,
     PeftModel,
@@ -627,13 +629,44 @@ def test_a_head_that_was_compiled_takes_the_files(saved: Path, logits: Tensor, t
     assert torch.equal(predict(PeftModel.from_pretrained(build_vit(), tmp_path).eval()), logits)
 
 
-def test_weights_kept_in_memory_are_put_back_into_compiled_blocks(saved: Path, logits: Tensor) -> None:
-    model = PeftModel.from_pretrained(compiled_blocks(), saved).eval()
+def _compile_blocks(model: nn.Module) -> nn.Module:
+    for index, block in enumerate(model.get_base_model().vit.layers):
+        model.get_base_model().vit.layers[index] = torch.compile(block, backend="eager")
+    return model
+
+
+COMPILED = {
+    "blocks": _compile_blocks,
+    "regions, the head too": partial(compile_regions, backend="eager"),
+    "the whole model": partial(torch.compile, backend="eager"),
+}
+
+
+@pytest.mark.parametrize("compile_model", COMPILED.values(), ids=COMPILED)
+def test_weights_kept_in_memory_are_put_back_into_compiled_models(compile_model: Any, tmp_path: Path) -> None:
+    model = compile_model(adapted(modules_to_save=["classifier", "layernorm_after"]))
+    before = predict(model)
     best = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
     randomize(model, 1)
-    assert not torch.equal(predict(model), logits)
+    assert not torch.equal(predict(model), before)
     set_peft_model_state_dict(model, best)
-    assert torch.equal(predict(model), logits)
+    assert torch.equal(predict(model), before)
+    model.save_pretrained(tmp_path, state_dict=model.state_dict())
+    assert torch.equal(predict(PeftModel.from_pretrained(build_vit(), tmp_path).eval()), before)
+
+
+@needs_adapter_methods
+def test_transformers_saves_an_adapter_of_compiled_blocks_under_the_models_own_names(tmp_path: Path) -> None:
+    base = build_vit()
+    base.add_adapter(TRPTSConfig(modules_to_save=[]))
+    randomize(base, 1)
+    before = predict(base.eval())
+    for index, block in enumerate(base.vit.layers):
+        base.vit.layers[index] = torch.compile(block, backend="eager")
+    base.save_pretrained(tmp_path)
+    loaded = build_vit()
+    loaded.load_adapter(str(tmp_path))
+    assert torch.equal(predict(loaded.eval()), before)
 
 
 def test_a_refused_file_is_taken_out_where_the_active_adapter_was_deleted(tmp_path: Path) -> None:

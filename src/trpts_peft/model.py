@@ -367,20 +367,17 @@ class TRPTSModel(BaseTuner):
                     f"`state_dict` must hold {key}, got none of that name: a wrapper has renamed the module, as FSDP's "
                     "activation checkpointing does; use `gradient_checkpointing=True` of `TrainingArguments` instead."
                 )
-        return tensors
-
-    @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """As in the file, which is of the model itself, with or without a compiler around its blocks."""
-        named: str = super()._remove_adapter_name_from_key(key, adapter_name)
-        return named.replace(COMPILER, "")
+        # As in the file. Those of modules trained whole PEFT adds behind this, and looks for as the model has them.
+        return {name.replace(COMPILER, ""): tensor for name, tensor in tensors.items()}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        with without_compilers(model):
-            tensors = cls._checked(model, config, adapter_name, state_dict)
+        inner = getattr(model, "_orig_mod", model)
+        with without_compilers(inner):
+            tensors = {name.replace(COMPILER, ""): tensor for name, tensor in state_dict.items()}
+            tensors = cls._checked(inner, config, adapter_name, tensors)
         names = {name.replace(COMPILER, ""): name for name in model.state_dict()} if has_compilers(model) else {}
         return {names.get(name, name): tensor for name, tensor in tensors.items()}
 

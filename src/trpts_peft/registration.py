@@ -35,6 +35,7 @@ def register() -> None:
         register_peft_method(name="trpts", config_cls=TRPTSConfig, model_cls=TRPTSModel)
         _send_own_card()
         _undo_failed_loading()
+        _save_without_compilers()
 
 
 def _undo_failed_loading() -> None:
@@ -87,6 +88,25 @@ def _undone(model: nn.Module) -> Iterator[None]:
     is_ours = isinstance(getattr(model, "base_model", None), TRPTSModel)
     with without_compilers(model) if is_ours else nullcontext(), withdrawn_on_failure(model):
         yield
+
+
+def _save_without_compilers() -> None:
+    """Have the file of a TR-PTS adapter name tensors as the model itself does, with or without compilers in it."""
+    saved = PeftModel.save_pretrained
+
+    @wraps(saved)
+    def save_pretrained(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        from .compiled import COMPILER, without_compilers  # anew in each call, as in `_undone`
+        from .model import TRPTSModel
+
+        if not isinstance(self.base_model, TRPTSModel):
+            return saved(self, *args, **kwargs)
+        if kwargs.get("state_dict") is not None:
+            kwargs["state_dict"] = {k.replace(COMPILER, ""): v for k, v in kwargs["state_dict"].items()}
+        with without_compilers(self):
+            return saved(self, *args, **kwargs)
+
+    cast(Any, PeftModel).save_pretrained = save_pretrained
 
 
 def _send_own_card() -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, attach_execution_device_hook
+from accelerate.utils import compile_regions
 from peft import AutoPeftModel, LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_model, save_model
@@ -776,6 +778,12 @@ def test_set_adapter_during_disabling_follows() -> None:
 # ---- mixed batches ----
 
 
+def _compile_in_place(model: PeftModel) -> PeftModel:
+    for block in model.get_base_model().vit.layers:
+        block.compile(backend="eager")
+    return model
+
+
 def test_mixed_batches() -> None:
     model = pair(["classifier"])
     alone = []
@@ -809,6 +817,30 @@ def test_mixed_batches_that_cannot_be() -> None:
     with pytest.raises(ValueError, match="training"):
         predict(model.train(), 2, adapter_names=["default", "default"])
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("compile_model", [partial(compile_regions, backend="eager"), _compile_in_place])
+def test_mixed_batches_of_compiled_parts(compile_model: Any) -> None:
+    model = pair(["classifier"])
+    names = ["default", "second", "second", "default"]
+    mixed, alike = predict(model, 4, adapter_names=names), predict(model, 4)
+    model = compile_model(model)
+    for _ in range(2):
+        torch.testing.assert_close(predict(model, 4), alike)
+        torch.testing.assert_close(predict(model, 4, adapter_names=names), mixed)
+
+
+def test_mixed_batches_of_models_that_are_compiled_as_a_whole_are_refused() -> None:
+    model = pair(["classifier"])
+    names = ["default", "second", "second", "default"]
+    mixed = predict(model, 4, adapter_names=names)
+    compiled = torch.compile(model, backend="eager")
+    predict(compiled, 4)
+    with pytest.raises(ValueError, match=r"compiled as a whole, got \['default', 'second'\] for one: .*set_stance"):
+        predict(compiled, 4, adapter_names=names)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    with torch.compiler.set_stance("force_eager"):
+        torch.testing.assert_close(predict(compiled, 4, adapter_names=names), mixed)
 
 
 # ---- transformers' own methods ----

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, cast
 
+import torch
 from peft.functional import set_adapter
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
@@ -167,12 +168,13 @@ class TRPTSModel(BaseTuner):
             return args, {**kwargs, "adapter_names": adapter_names}
 
         takers = [m for m in self.modules() if isinstance(m, (TRPTSLinear, AuxiliaryTrainingWrapper))]
-        handles = [m.register_forward_pre_hook(pass_names, with_kwargs=True) for m in takers]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with _eager(adapter_names):  # what was compiled before does not heed hooks
+            handles = [m.register_forward_pre_hook(pass_names, with_kwargs=True) for m in takers]
+            try:
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
 
     def _check_mixed_batch(self, adapter_names: list[str]) -> None:
         if self.training:
@@ -399,6 +401,17 @@ class TRPTSModel(BaseTuner):
             if key in tensors:
                 tensors[key] = tensors[key].to(own.dtype)  # loading on meta would keep the dtype of the file
         return tensors
+
+
+def _eager(adapter_names: list[str]) -> AbstractContextManager[None]:
+    """Within, compiled parts run as they would have without a compiler."""
+    with suppress(RuntimeError):  # as torch says where compiled code has called
+        if not torch.compiler.is_compiling():
+            return cast(AbstractContextManager[None], torch.compiler.set_stance("force_eager"))
+    raise ValueError(
+        f"`adapter_names` must be passed to a model that is not compiled as a whole, got {sorted(set(adapter_names))} "
+        'for one: call it within `torch.compiler.set_stance("force_eager")`.'
+    )
 
 
 def _check_whole(layers: list[Any]) -> None:

@@ -857,6 +857,30 @@ def test_compiled_blocks_are_refused_unless_they_have_no_targets() -> None:
         calibrate(model, DATA, overwrite=True, probe_head=False, **QUIET)
 
 
+def test_a_head_that_was_compiled_is_named() -> None:
+    model = adapter(modules_to_save=[])
+    model.base_model.model.classifier = torch.compile(model.base_model.model.classifier, backend="eager")
+    with pytest.raises(ValueError, match=r"linear head .* in which blocks are compiled: calibrate before"):
+        calibrate(model, DATA, **QUIET)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's, as it compiles
+def test_blocks_compiled_in_place_that_have_run_are_calibrated_again_and_again() -> None:
+    """Compiled code calls the hooks that it was compiled with, if any, and no others."""
+    expected = calibrate(adapter(), DATA, **QUIET)
+    model = adapter()
+    for block in model.base_model.model.vit.layers:
+        block.compile(backend="eager")
+    batch = {"pixel_values": build_images(3), "labels": torch.tensor([0, 1, 2])}
+    for index in range(2):
+        model.eval()(**batch).loss.backward()
+        with model.disable_adapter():
+            model(**batch)
+        selection = calibrate(model, DATA, overwrite=index > 0, **QUIET)
+        assert selection.columns.keys() == expected.columns.keys()
+        assert all(torch.equal(columns, expected.columns[name]) for name, columns in selection.columns.items())
+
+
 @pytest.mark.parametrize(
     ("wrapped", "name"),
     [

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
 from conftest import FAMILIES, build_vit
-from trpts_peft.families import block_index, block_of, is_of_family, unit_order
+from trpts_peft.families import block_index, block_of, find_blocks, is_of_family, unit_order
 
 
 @pytest.mark.parametrize(
@@ -36,3 +37,11 @@ def test_only_the_familys_own_classes_are_of_it(family: str) -> None:
     assert is_of_family(model) and is_of_family(model.base_model)
     assert not is_of_family(nn.Sequential(model))
     assert not is_of_family(type("Own", (type(model),), {"__module__": "own"})(model.config))
+
+
+def test_compilers_have_no_part_in_the_names_of_blocks() -> None:
+    model = build_vit()
+    names = [name for name, _ in find_blocks(model)]
+    model.vit.layers[1] = torch.compile(model.vit.layers[1], backend="eager")
+    model.vit = torch.compile(model.vit, backend="eager")
+    assert [name for name, _ in find_blocks(model)] == names == [f"vit.layers.{index}" for index in range(len(names))]

@@ -15,6 +15,8 @@ from transformers.models.dinov2_with_registers import modeling_dinov2_with_regis
 from transformers.models.vit import modeling_vit
 from transformers.models.vit_msn import modeling_vit_msn
 
+from .compiled import COMPILER
+
 __all__ = [
     "FAMILIES",
     "Family",
@@ -160,11 +162,15 @@ def find_family(model: nn.Module) -> Family | None:
 
 
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The transformer blocks of a supported ViT with their names in `model`, in order; empty outside the table."""
+    """The transformer blocks of a supported ViT with their names in `model`, in order; empty outside the table.
+
+    A compiler that stands around a block has no part in its name.
+    """
     family = find_family(model)
     if family is None:
         return []
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, family.layer_class)]
+    named = [(name, module) for name, module in model.named_modules() if isinstance(module, family.layer_class)]
+    return [(f"{name}.".replace(COMPILER, "")[:-1], block) for name, block in named]
 
 
 def count_vits(model: nn.Module) -> int:

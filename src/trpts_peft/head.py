@@ -13,6 +13,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from .compiled import has_compilers
+
 __all__ = ["Head", "check_head", "find_head", "find_heads", "head_names"]
 
 _NAMES = ("classifier", "score", "head", "fc")
@@ -111,9 +113,10 @@ def find_heads(model: nn.Module, adapter_name: str) -> list[Head]:
     named = [(n, m) for n, m in model.named_modules() if n.rpartition(".")[2] in _NAMES and m not in idle]
     found = [head for name, module in reversed(named) if (head := _head_at(name, module, adapter_name, own))]
     if not found:
+        compiled = ", in which blocks are compiled: calibrate before `torch.compile`" if has_compilers(model) else ""
         raise ValueError(
             f"`probe_head` must be False for a model without a linear head named {', '.join(_NAMES)}, got True for "
-            f"{type(model).__name__}."
+            f"{type(model).__name__}{compiled}."
         )
     found.sort(key=lambda head: (not head.trainable, head.name.count(".")))
     if isinstance(found[0].module, BaseTunerLayer):

@@ -60,7 +60,8 @@ def base_weights(model: nn.Module, adapter_name: str | None = None) -> Iterator[
             layer._disable_adapters = True
         for selection, _ in enabled:
             selection.enabled = False
-        yield
+        with torch.compiler.set_stance("force_eager"):  # what was compiled before does not heed hooks
+            yield
     finally:
         for layer, flag in disabled:
             layer._disable_adapters = flag

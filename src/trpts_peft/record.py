@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .compiled import COMPILER
 from .families import find_blocks
 from .vit import token_selections
 
@@ -99,8 +98,7 @@ def record_tokens(model: nn.Module) -> Iterator[TokenRecord]:
         record._start_pass()
 
     handles = [selection.register_forward_hook(watch(block)) for block, selection in selections.items()]  # type: ignore[arg-type]
-    blocks = [(f"{name}.".replace(COMPILER, "")[:-1], block) for name, block in find_blocks(model)]
-    firsts = {name.rpartition(".")[0]: block for name, block in reversed(blocks)}  # one for each ViT
+    firsts = {name.rpartition(".")[0]: block for name, block in reversed(find_blocks(model))}  # one for each ViT
     handles.extend(block.register_forward_pre_hook(start_pass) for block in firsts.values())
     try:
         with torch.compiler.set_stance("force_eager"):  # what was compiled before does not heed hooks

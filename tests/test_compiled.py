@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from peft.utils import ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
 
-from trpts_peft.compiled import COMPILER, has_compilers, without_compilers
+from trpts_peft.compiled import COMPILER, force_eager, has_compilers, without_compilers
 
 
 def compiled(module: nn.Module) -> nn.Module:
@@ -57,3 +60,47 @@ def test_what_was_put_around_a_block_within_stays() -> None:
         both[0] = wrapper = nn.Sequential(both[0])
     assert both[0] is wrapper
     assert COMPILER in next(iter(both.state_dict()))  # deeper ones are back
+
+
+def counted(calls: list[int]) -> Callable[[Tensor], Tensor]:
+    """Compiled code that notes that it was called."""
+
+    def backend(graph: Any, _inputs: Any) -> Any:
+        def run(*args: Tensor) -> Any:
+            calls.append(1)
+            return graph.forward(*args)
+
+        return run
+
+    return torch.compile(lambda x: x + 1, backend=backend)
+
+
+def test_compiled_code_stands_aside_until_the_last_who_asked_is_done() -> None:
+    calls: list[int] = []
+    add, x = counted(calls), torch.zeros(1)
+    first, second = force_eager(), force_eager()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)  # as of two threads
+    add(x)
+    assert not calls
+    second.__exit__(None, None, None)
+    add(x)
+    assert calls
+
+
+def test_compiled_code_is_back_after_an_error() -> None:
+    calls: list[int] = []
+    with pytest.raises(KeyError), force_eager():
+        raise KeyError
+    counted(calls)(torch.zeros(1))
+    assert calls
+
+
+def test_compiled_code_cannot_be_left_aside_from_within() -> None:
+    def inner(x: Tensor) -> Tensor:
+        with force_eager():
+            return x + 1
+
+    with pytest.raises(RuntimeError, match="compile"):
+        torch.compile(inner, backend="eager")(torch.zeros(1))

@@ -1,18 +1,48 @@
-"""Take the compilers from around blocks, by which all that lies in them has other names."""
+"""Take the compilers from around blocks, by which all that lies in them has other names, or have them stand aside."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from accelerate.utils import is_compiled_module
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-__all__ = ["COMPILER", "has_compilers", "without_compilers"]
+__all__ = ["COMPILER", "force_eager", "has_compilers", "without_compilers"]
 
 COMPILER = "_orig_mod."  # in the names of what lies in a block that `torch.compile(block)` has wrapped
+
+
+class _Users:
+    """Who has compiled code stand aside. torch keeps one stance for all threads, and each would restore another's."""
+
+    lock = threading.Lock()
+    count = 0
+    stance: Any = None
+
+
+@contextmanager
+def force_eager() -> Iterator[None]:
+    """Within, compiled code is left aside, in all threads: it does not heed hooks that came after it.
+
+    Raises:
+        RuntimeError: compiled code has called.
+    """
+    with _Users.lock:
+        if not _Users.count:
+            _Users.stance = torch.compiler.set_stance("force_eager")
+        _Users.count += 1
+    try:
+        yield
+    finally:
+        with _Users.lock:
+            _Users.count -= 1
+            if not _Users.count:
+                _Users.stance.__exit__(None, None, None)
 
 
 def has_compilers(model: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from .compiled import COMPILER
+from .compiled import COMPILER, force_eager
 from .config import TRPTSConfig
 from .data import Batches, check_bare, check_whole, processes, sum_of_processes
 from .families import find_family, is_of_family
@@ -60,7 +60,7 @@ def base_weights(model: nn.Module, adapter_name: str | None = None) -> Iterator[
             layer._disable_adapters = True
         for selection, _ in enabled:
             selection.enabled = False
-        with torch.compiler.set_stance("force_eager"):  # what was compiled before does not heed hooks
+        with force_eager():
             yield
     finally:
         for layer, flag in disabled:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
-import torch
 from peft.functional import set_adapter
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
@@ -26,7 +25,7 @@ from .checkpoint import (
     unpack_columns,
     without_base_tensors,
 )
-from .compiled import COMPILER, has_compilers, without_compilers
+from .compiled import COMPILER, force_eager, has_compilers, without_compilers
 from .config import TRPTSConfig
 from .data import check_loading, check_whole
 from .families import FAMILIES
@@ -168,13 +167,17 @@ class TRPTSModel(BaseTuner):
             return args, {**kwargs, "adapter_names": adapter_names}
 
         takers = [m for m in self.modules() if isinstance(m, (TRPTSLinear, AuxiliaryTrainingWrapper))]
-        with _eager(adapter_names):  # what was compiled before does not heed hooks
-            handles = [m.register_forward_pre_hook(pass_names, with_kwargs=True) for m in takers]
+        with ExitStack() as stack:
             try:
-                yield
-            finally:
-                for handle in handles:
-                    handle.remove()
+                stack.enter_context(force_eager())
+            except RuntimeError as error:
+                raise ValueError(
+                    "`adapter_names` must be passed to a model that is not compiled as a whole, got "
+                    f'{sorted(set(adapter_names))} for one: call it within `torch.compiler.set_stance("force_eager")`.'
+                ) from error
+            for taker in takers:
+                stack.callback(taker.register_forward_pre_hook(pass_names, with_kwargs=True).remove)
+            yield
 
     def _check_mixed_batch(self, adapter_names: list[str]) -> None:
         if self.training:
@@ -401,17 +404,6 @@ class TRPTSModel(BaseTuner):
             if key in tensors:
                 tensors[key] = tensors[key].to(own.dtype)  # loading on meta would keep the dtype of the file
         return tensors
-
-
-def _eager(adapter_names: list[str]) -> AbstractContextManager[None]:
-    """Within, compiled parts run as they would have without a compiler."""
-    with suppress(RuntimeError):  # as torch says where compiled code has called
-        if not torch.compiler.is_compiling():
-            return cast(AbstractContextManager[None], torch.compiler.set_stance("force_eager"))
-    raise ValueError(
-        f"`adapter_names` must be passed to a model that is not compiled as a whole, got {sorted(set(adapter_names))} "
-        'for one: call it within `torch.compiler.set_stance("force_eager")`.'
-    )
 
 
 def _check_whole(layers: list[Any]) -> None:

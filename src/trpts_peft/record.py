@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .compiled import force_eager
 from .families import find_blocks
 from .vit import token_selections
 
@@ -101,7 +102,7 @@ def record_tokens(model: nn.Module) -> Iterator[TokenRecord]:
     firsts = {name.rpartition(".")[0]: block for name, block in reversed(find_blocks(model))}  # one for each ViT
     handles.extend(block.register_forward_pre_hook(start_pass) for block in firsts.values())
     try:
-        with torch.compiler.set_stance("force_eager"):  # what was compiled before does not heed hooks
+        with force_eager():
             yield record
     finally:
         for handle in handles:

@@ -860,7 +860,7 @@ def test_compiled_blocks_are_refused_unless_they_have_no_targets() -> None:
 def test_a_head_that_was_compiled_is_named() -> None:
     model = adapter(modules_to_save=[])
     model.base_model.model.classifier = torch.compile(model.base_model.model.classifier, backend="eager")
-    with pytest.raises(ValueError, match=r"linear head .* in which blocks are compiled: calibrate before"):
+    with pytest.raises(ValueError, match=r"linear head .* in which parts are compiled: calibrate before"):
         calibrate(model, DATA, **QUIET)
 
 
@@ -871,7 +871,7 @@ def test_blocks_compiled_in_place_that_have_run_are_calibrated_again_and_again()
     model = adapter()
     for block in model.base_model.model.vit.layers:
         block.compile(backend="eager")
-    batch = {"pixel_values": build_images(3), "labels": torch.tensor([0, 1, 2])}
+    batch = DATA.batch()  # of as many images as calibration looks at: other shapes would be compiled anew
     for index in range(2):
         model.eval()(**batch).loss.backward()
         with model.disable_adapter():

@@ -635,11 +635,29 @@ def _compile_blocks(model: nn.Module) -> nn.Module:
     return model
 
 
-COMPILED = {
+def _compile_base(model: PeftModel, compiler: Callable[[nn.Module], nn.Module]) -> PeftModel:
+    model.base_model.model = compiler(model.base_model.model)
+    return model
+
+
+_compiled, _regions = partial(torch.compile, backend="eager"), partial(compile_regions, backend="eager")
+COMPILED: dict[str, Callable[[PeftModel], Any]] = {
     "blocks": _compile_blocks,
-    "regions, the head too": partial(compile_regions, backend="eager"),
-    "the whole model": partial(torch.compile, backend="eager"),
+    "regions, the head too": _regions,
+    "the whole model": _compiled,
+    "the base": partial(_compile_base, compiler=_compiled),
+    "regions of the base": partial(_compile_base, compiler=_regions),
 }
+
+
+def test_adapters_are_loaded_into_a_base_whose_regions_were_compiled(saved: Path, logits: Tensor) -> None:
+    model = PeftModel.from_pretrained(_regions(build_vit()), saved).eval()
+    assert torch.equal(predict(model), logits)
+    randomize(model, 1)
+    assert not torch.equal(predict(model), logits)
+    model.load_adapter(saved, "second")
+    model.set_adapter("second")
+    assert torch.equal(predict(model), logits)
 
 
 @pytest.mark.parametrize("compile_model", COMPILED.values(), ids=COMPILED)
@@ -658,7 +676,7 @@ def test_weights_kept_in_memory_are_put_back_into_compiled_models(compile_model:
 @needs_adapter_methods
 def test_transformers_saves_an_adapter_of_compiled_blocks_under_the_models_own_names(tmp_path: Path) -> None:
     base = build_vit()
-    base.add_adapter(TRPTSConfig(modules_to_save=[]))
+    base.add_adapter(TRPTSConfig(modules_to_save=["classifier", "layernorm_after"]))
     randomize(base, 1)
     before = predict(base.eval())
     for index, block in enumerate(base.vit.layers):

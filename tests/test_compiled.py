@@ -87,6 +87,11 @@ def test_compiled_code_stands_aside_until_the_last_who_asked_is_done() -> None:
     second.__exit__(None, None, None)
     add(x)
     assert calls
+    with torch.compiler.set_stance("force_eager"):  # what was before is what comes back
+        with force_eager():
+            calls.clear()
+        add(x)
+        assert not calls
 
 
 def test_compiled_code_is_back_after_an_error() -> None:

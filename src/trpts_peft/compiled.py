@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -12,17 +13,23 @@ from accelerate.utils import is_compiled_module
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-__all__ = ["COMPILER", "force_eager", "has_compilers", "without_compilers"]
+# fmt: off
+__all__ = [
+    "COMPILER", "compilers_unnamed", "force_eager", "has_compilers", "without_compilers", "without_names_of_compilers",
+]
+# fmt: on
 
 COMPILER = "_orig_mod."  # in the names of what lies in a block that `torch.compile(block)` has wrapped
+
+_unnamed = ContextVar("compilers_unnamed", default=False)
 
 
 class _Users:
     """Who has compiled code stand aside. torch keeps one stance for all threads, and each would restore another's."""
 
-    lock = threading.Lock()
+    lock = threading.RLock()  # of one thread: what is collected meanwhile may be such a context that was left open
     count = 0
-    stance: Any = None
+    stance: Any = None  # the first, which knows what was before
 
 
 @contextmanager
@@ -33,8 +40,8 @@ def force_eager() -> Iterator[None]:
         RuntimeError: compiled code has called.
     """
     with _Users.lock:
-        if not _Users.count:
-            _Users.stance = torch.compiler.set_stance("force_eager")
+        stance = torch.compiler.set_stance("force_eager")  # also where it is so already: torch refuses its own callers
+        _Users.stance = _Users.stance or stance
         _Users.count += 1
     try:
         yield
@@ -43,6 +50,22 @@ def force_eager() -> Iterator[None]:
             _Users.count -= 1
             if not _Users.count:
                 _Users.stance.__exit__(None, None, None)
+                _Users.stance = None
+
+
+@contextmanager
+def compilers_unnamed() -> Iterator[None]:
+    """Within, the state dict of an adapter is got as a file holds it, which is of the model itself."""
+    token = _unnamed.set(True)
+    try:
+        yield
+    finally:
+        _unnamed.reset(token)
+
+
+def without_names_of_compilers(name: str) -> str:
+    """The name of a tensor in a state dict that is got, as `compilers_unnamed` wants it."""
+    return name.replace(COMPILER, "") if _unnamed.get() else name
 
 
 def has_compilers(model: nn.Module) -> bool:

@@ -113,7 +113,7 @@ def find_heads(model: nn.Module, adapter_name: str) -> list[Head]:
     named = [(n, m) for n, m in model.named_modules() if n.rpartition(".")[2] in _NAMES and m not in idle]
     found = [head for name, module in reversed(named) if (head := _head_at(name, module, adapter_name, own))]
     if not found:
-        compiled = ", in which blocks are compiled: calibrate before `torch.compile`" if has_compilers(model) else ""
+        compiled = ", in which parts are compiled: calibrate before `torch.compile`" if has_compilers(model) else ""
         raise ValueError(
             f"`probe_head` must be False for a model without a linear head named {', '.join(_NAMES)}, got True for "
             f"{type(model).__name__}{compiled}."

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
+from accelerate.utils import is_compiled_module
 from peft.functional import set_adapter
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
@@ -25,7 +26,7 @@ from .checkpoint import (
     unpack_columns,
     without_base_tensors,
 )
-from .compiled import COMPILER, force_eager, has_compilers, without_compilers
+from .compiled import COMPILER, force_eager, has_compilers, without_compilers, without_names_of_compilers
 from .config import TRPTSConfig
 from .data import check_loading, check_whole
 from .families import FAMILIES
@@ -372,14 +373,17 @@ class TRPTSModel(BaseTuner):
                     f"`state_dict` must hold {key}, got none of that name: a wrapper has renamed the module, as FSDP's "
                     "activation checkpointing does; use `gradient_checkpointing=True` of `TrainingArguments` instead."
                 )
-        # As in the file. Those of modules trained whole PEFT adds behind this, and looks for as the model has them.
-        return {name.replace(COMPILER, ""): tensor for name, tensor in tensors.items()}
+        return tensors
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return without_names_of_compilers(super()._remove_adapter_name_from_key(key, adapter_name))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        inner = getattr(model, "_orig_mod", model)
+        inner = cast(Any, model)._orig_mod if is_compiled_module(model) else model
         with without_compilers(inner):
             tensors = {name.replace(COMPILER, ""): tensor for name, tensor in state_dict.items()}
             tensors = cls._checked(inner, config, adapter_name, tensors)

@@ -16,6 +16,7 @@ from peft.mapping import (
 )
 from peft.utils import register_peft_method
 from torch import nn
+from transformers.integrations.peft import PeftAdapterMixin
 
 from .card import drop_local_base, update_card
 from .config import TRPTSConfig
@@ -35,7 +36,7 @@ def register() -> None:
         register_peft_method(name="trpts", config_cls=TRPTSConfig, model_cls=TRPTSModel)
         _send_own_card()
         _undo_failed_loading()
-        _save_without_compilers()
+        _leave_compilers_out_of_files()
 
 
 def _undo_failed_loading() -> None:
@@ -90,23 +91,32 @@ def _undone(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _save_without_compilers() -> None:
-    """Have the file of a TR-PTS adapter name tensors as the model itself does, with or without compilers in it."""
-    saved = PeftModel.save_pretrained
+def _leave_compilers_out_of_files() -> None:
+    """Have the file of a TR-PTS adapter name tensors as the model itself does, with or without compilers in it.
+
+    What PEFT's `get_peft_model_state_dict` returns otherwise is named as the model is, for it to be put back.
+    """
+    saved, got = PeftModel.save_pretrained, PeftAdapterMixin.get_adapter_state_dict
 
     @wraps(saved)
     def save_pretrained(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
-        from .compiled import COMPILER, without_compilers  # anew in each call, as in `_undone`
-        from .model import TRPTSModel
+        from .compiled import COMPILER, compilers_unnamed  # anew in each call, as in `_undone`
 
-        if not isinstance(self.base_model, TRPTSModel):
+        is_ours = any(config.peft_type == TRPTS for config in self.peft_config.values())
+        if is_ours and kwargs.get("state_dict") is not None:  # as of the whole of it compiled, which this is within
+            kwargs["state_dict"] = {name.removeprefix(COMPILER): t for name, t in kwargs["state_dict"].items()}
+        with compilers_unnamed():
             return saved(self, *args, **kwargs)
-        if kwargs.get("state_dict") is not None:
-            kwargs["state_dict"] = {k.replace(COMPILER, ""): v for k, v in kwargs["state_dict"].items()}
-        with without_compilers(self):
-            return saved(self, *args, **kwargs)
+
+    @wraps(got)
+    def get_adapter_state_dict(self: PeftAdapterMixin, *args: Any, **kwargs: Any) -> Any:  # for its `save_pretrained`
+        from .compiled import compilers_unnamed
+
+        with compilers_unnamed():
+            return got(self, *args, **kwargs)
 
     cast(Any, PeftModel).save_pretrained = save_pretrained
+    cast(Any, PeftAdapterMixin).get_adapter_state_dict = get_adapter_state_dict
 
 
 def _send_own_card() -> None:

@@ -598,8 +598,8 @@ def test_a_config_is_followed_in_other_ways_than_by_its_own_numbers(bias: bool, 
     assert torch.equal(predict(PeftModel.from_pretrained(build_vit(qkv_bias=bias), tmp_path)), predict(model))
 
 
-def compiled_blocks() -> nn.Module:
-    base = build_vit()
+def compiled_blocks(base: nn.Module | None = None) -> nn.Module:
+    base = base or build_vit()
     for index, block in enumerate(base.vit.layers):
         base.vit.layers[index] = torch.compile(block, backend="eager")
     return base
@@ -629,9 +629,8 @@ def test_a_head_that_was_compiled_takes_the_files(saved: Path, logits: Tensor, t
     assert torch.equal(predict(PeftModel.from_pretrained(build_vit(), tmp_path).eval()), logits)
 
 
-def _compile_blocks(model: nn.Module) -> nn.Module:
-    for index, block in enumerate(model.get_base_model().vit.layers):
-        model.get_base_model().vit.layers[index] = torch.compile(block, backend="eager")
+def _compile_blocks(model: PeftModel) -> PeftModel:
+    compiled_blocks(model.get_base_model())
     return model
 
 
@@ -679,9 +678,7 @@ def test_transformers_saves_an_adapter_of_compiled_blocks_under_the_models_own_n
     base.add_adapter(TRPTSConfig(modules_to_save=["classifier", "layernorm_after"]))
     randomize(base, 1)
     before = predict(base.eval())
-    for index, block in enumerate(base.vit.layers):
-        base.vit.layers[index] = torch.compile(block, backend="eager")
-    base.save_pretrained(tmp_path)
+    compiled_blocks(base).save_pretrained(tmp_path)
     loaded = build_vit()
     loaded.load_adapter(str(tmp_path))
     assert torch.equal(predict(loaded.eval()), before)
@@ -721,9 +718,7 @@ def test_blocks_compiled_after_a_file_was_loaded_are_not_why_it_is_refused(saved
 def test_a_file_may_be_checked_once_the_blocks_are_compiled(saved: Path, logits: Tensor) -> None:
     base = build_vit()
     base.load_adapter(str(saved))
-    for index, block in enumerate(base.vit.layers):
-        base.vit.layers[index] = torch.compile(block, backend="eager")
-    assert torch.equal(predict(base.eval()), logits)
+    assert torch.equal(predict(compiled_blocks(base).eval()), logits)
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")

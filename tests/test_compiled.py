@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -92,6 +93,32 @@ def test_compiled_code_stands_aside_until_the_last_who_asked_is_done() -> None:
             calls.clear()
         add(x)
         assert not calls
+
+
+def test_a_context_that_was_left_open_may_end_while_another_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where it is collected: then it ends in whichever thread and line."""
+    calls: list[int] = []
+    add, x, left_open, set_stance = counted(calls), torch.zeros(1), force_eager(), torch.compiler.set_stance
+    left_open.__enter__()
+
+    def set_and_collect(stance: str) -> Any:
+        new = set_stance(stance)
+        left_open.__exit__(None, None, None)
+        return new
+
+    def predict() -> None:
+        with force_eager():
+            add(x)
+        inside.append(len(calls))
+
+    inside: list[int] = []
+    monkeypatch.setattr(torch.compiler, "set_stance", set_and_collect)
+    thread = threading.Thread(target=predict, daemon=True)  # it would wait for itself for good
+    thread.start()
+    thread.join(60)
+    assert inside == [0]
+    add(x)
+    assert calls
 
 
 def test_compiled_code_is_back_after_an_error() -> None:

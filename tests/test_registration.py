@@ -14,6 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from safetensors.torch import load_file
 
 import trpts_peft
 from conftest import build_images, build_vit
@@ -137,3 +138,9 @@ def test_lora_is_loaded_into_compiled_blocks_as_before(tmp_path: Path) -> None:
         assert torch.equal(second(images).logits, expected)
         base = second.unload()
         assert torch.equal(PeftModel.from_pretrained(base, tmp_path).eval()(images).logits, expected)
+
+
+def test_the_state_dict_of_a_compiled_lora_is_saved_as_before(tmp_path: Path) -> None:
+    model = get_peft_model(build_vit(), LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path, state_dict=torch.compile(model, backend="eager").state_dict())
+    assert all(name.startswith("_orig_mod.") for name in load_file(tmp_path / "adapter_model.safetensors"))

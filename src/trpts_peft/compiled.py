@@ -40,15 +40,16 @@ def force_eager() -> Iterator[None]:
         RuntimeError: compiled code has called.
     """
     with _Users.lock:
-        stance = torch.compiler.set_stance("force_eager")  # also where it is so already: torch refuses its own callers
-        _Users.stance = _Users.stance or stance
-        _Users.count += 1
+        _Users.count += 1  # first: whoever is done from here on leaves the stance as it is
     try:
+        with _Users.lock:
+            stance = torch.compiler.set_stance("force_eager")  # also where it is so already, to be refused by torch
+            _Users.stance = _Users.stance or stance
         yield
     finally:
         with _Users.lock:
             _Users.count -= 1
-            if not _Users.count:
+            if not _Users.count and _Users.stance is not None:
                 _Users.stance.__exit__(None, None, None)
                 _Users.stance = None
 

@@ -10,7 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 from trpts_peft.sparse_linear import (
     _rows_to_visit,
+    add_update_,
     added_linear,
+    adds_faster,
     compose_weight,
     flat_places,
     index_columns,
@@ -477,3 +479,62 @@ def test_a_second_derivative_is_refused():
     x, weight, bias, columns, values = case(torch.float64)
     with pytest.raises(RuntimeError, match="`create_graph` must be False"):
         torch.autograd.grad(sparse(x, weight, bias, columns, values).square().sum(), values, create_graph=True)
+
+
+# ---- several adapters in one batch ----
+
+
+def test_few_columns_or_few_rows_are_added_and_others_composed():
+    batch = torch.empty(8, 100, 768, device="meta")
+    assert [adds_faster(batch, 1, used) for used in (1, 48, 416, 417, 768)] == [True, True, True, False, False]
+    assert [adds_faster(batch, 8, used) for used in (48, 94, 95)] == [True, True, False]
+    assert adds_faster(batch[:, 0], 8, 768)
+    assert adds_faster(batch[:, :0], 8, 768)
+
+
+@pytest.mark.parametrize("update", [True, False])
+@pytest.mark.parametrize("shape", [(4, INPUTS), (4, 5, INPUTS), (4, 2, 3, INPUTS)])
+def test_an_update_is_added_to_the_samples_that_it_belongs_to(shape, update):
+    x, weight, _, columns, values = case(shape=shape)
+    used, slots = index_columns(columns)
+    bias = torch.randn(ROWS, requires_grad=True) if update else None
+    leaves = [t for t in (x, values, bias) if t is not None]
+    y, factors = F.linear(x, weight), torch.randn(*shape[:-1], ROWS)
+    untouched = y.detach().clone()
+    add_update_(y, x, [3, 0], values, used, slots, bias)
+    assert torch.equal(y[[1, 2]], untouched[[1, 2]])
+    own = F.linear(x, dense_weight(weight, columns, values), bias)
+    plain = F.linear(x, weight)
+    expected = torch.stack([own[0], plain[1], plain[2], own[3]])
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    gradients = torch.autograd.grad(y, leaves, factors)
+    for result, reference in zip(gradients, torch.autograd.grad(expected, leaves, factors), strict=True):
+        torch.testing.assert_close(result, reference, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, INPUTS), (4, 5, INPUTS)])
+def test_an_update_is_computed_in_the_dtype_of_what_it_is_added_to(shape):
+    x, _, _, columns, values = case(shape=shape)
+    y = torch.zeros(*shape[:-1], ROWS, dtype=torch.bfloat16)
+    with torch.no_grad():
+        add_update_(y, x, range(4), values, *index_columns(columns), torch.ones(ROWS))
+    reference = F.linear(x, dense_weight(torch.zeros(ROWS, INPUTS), columns, values), torch.ones(ROWS))
+    torch.testing.assert_close(y.float(), reference, rtol=0.03, atol=0.2)
+
+
+def test_equal_columns_and_used_ones_that_repeat_add_up_in_place():
+    x, _, _, columns, values = case()
+    used, slots = index_columns(columns)
+    y = torch.zeros(2, 5, ROWS)
+    with torch.no_grad():
+        both = torch.cat([slots, slots, slots + len(used)], dim=1)
+        add_update_(y, x, [0, 1], values.repeat(1, 3), torch.cat([used, used]), both)
+    torch.testing.assert_close(y, dense(x, torch.zeros(ROWS, INPUTS), None, columns, 3 * values), rtol=1e-5, atol=1e-5)
+
+
+def test_single_rows_are_one_product(monkeypatch):
+    x, _, _, columns, values = case(shape=(4, INPUTS))
+    rows, product = [], torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: rows.append(len(a)) or product(a, b))
+    add_update_(torch.zeros(4, ROWS), x, [0, 1, 3], values, *index_columns(columns))
+    assert rows == [3]

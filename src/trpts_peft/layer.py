@@ -14,7 +14,17 @@ from torch.distributed.tensor import DTensor
 
 from . import functional
 from .merging import Overwritten, add_at, base_parameter, write_at
-from .sparse_linear import added_linear, compose_weight, converted, digest, flat_places, index_columns, sparse_linear
+from .sparse_linear import (
+    add_update_,
+    added_linear,
+    adds_faster,
+    compose_weight,
+    converted,
+    digest,
+    flat_places,
+    index_columns,
+    sparse_linear,
+)
 from .tuner_layer import TRPTSLayer, integers_stay, is_unchanged, version
 
 __all__ = ["TRPTSLinear"]
@@ -342,11 +352,14 @@ class TRPTSLinear(nn.Module, TRPTSLayer):
             rows[name if name in self.trpts_values else ""].append(row)
         if len(rows) <= 1:
             return self._own_forward(x, *rows)
-        if _has_to_be_called(self.base_layer, self.base_layer.weight):  # once, with all samples
-            y = self._base_forward(x)
+        called = _has_to_be_called(self.base_layer, self.base_layer.weight)
+        if called or all(adds_faster(x, len(own), len(self.trpts_used[name])) for name, own in rows.items() if name):
+            y = self._base_forward(x)  # once, with all samples
+            y = y.clone(memory_format=torch.contiguous_format) if called else y.contiguous()  # a hook may hold it
             for name, own in rows.items():
                 if name:
-                    y[own] = self._add_updates(y[own], x[own], [name]).to(y.dtype)
+                    (_, values, used, slots), bias_update = self._update([name]), self._bias_update([name])
+                    add_update_(y, x, own, values, used, slots, bias_update)
             return y
         parts = {name: self._own_forward(x[own], name) for name, own in rows.items()}
         first = next(iter(parts.values()))
